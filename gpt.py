@@ -1,0 +1,1048 @@
+"""GPT-2 in one file: train it, sample from it, load OpenAI's weights. Read it from the top.
+
+    python gpt.py train                              a GPT learns a short story, on a laptop
+    python gpt.py sample --prompt "I HAD always"     it goes on with a text
+    python gpt.py sample --gpt2 124M                 so does OpenAI's GPT-2 (a 500 MB download)
+    python gpt.py train --gpt2 124M --data my.txt    GPT-2 goes on learning, from your text
+
+A GPT reads a row of tokens (words, parts of words, single bytes) and gives, for each place in the
+row, the probability of every token of its vocabulary to come next. Training moves its parameters
+until the tokens that do come next are probable; sampling draws one, appends it and asks again.
+
+    1 Config     the numbers that define a GPT, the options         5 Training       the loop
+    2 Layers     LayerNorm, GELU, attention, feed-forward, block    6 Decoding       drawing text
+    3 Model      embeddings, blocks, head; KV cache; loss           7 GPT-2 weights  OpenAI's files
+    4 Dataset    text to tokens to pairs of input and target        8 Command line
+
+"GPT-2" is Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; src/... are
+files of github.com/openai/gpt-2. Letters of shapes: B batch, rows side by side; T time, the tokens
+of a row in one call; S tokens seen, those T and a cache's; C channels, the n_embd numbers that
+stand for a token; H heads, and D = C / H, the channels of one; V vocabulary, the tokens there are.
+"""
+
+import argparse
+import codecs
+import contextlib
+import functools
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+import urllib.request
+import zipfile
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+# ==================================================================================================
+# 1 Config
+# Seven fields fix the architecture, and with it the number and shape of all parameters. `fused`
+# changes neither these nor the results: section 2 has each arithmetic twice, as lines that spell it
+# out, and as the one PyTorch kernel that computes the same faster.
+
+
+def require(ok, message):
+    """Raise ValueError unless ok: for what a user can mend."""
+    if not ok:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a GPT. Raises ValueError for an impossible one. Source: GPT-2, section 2.3."""
+
+    vocab_size: int = 50257  # V: 256 bytes, 50,000 learned tokens, <|endoftext|>
+    context_length: int = 1024  # the most tokens read at once
+    n_embd: int = 768  # C
+    n_head: int = 12  # H
+    n_layer: int = 12  # blocks, one behind the other
+    dropout: float = 0.0  # share of activations zeroed while training; OpenAI used 0.1
+    qkv_bias: bool = True  # whether query, key and value have a bias; GPT-2's have
+    fused: bool = True  # PyTorch's kernels, or the hand-written lines
+
+    def __post_init__(self):
+        sizes = (self.vocab_size, self.context_length, self.n_embd, self.n_head, self.n_layer)
+        require(min(sizes) >= 1, f"every size must be at least 1: {self}")
+        shared = self.n_embd % self.n_head == 0  # the heads share the channels evenly
+        require(shared, f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}")
+        require(0 <= self.dropout < 1, f"dropout {self.dropout} must be at least 0 and below 1")
+
+
+GPT2_CONFIGS = {  # the four that OpenAI published, by their number of parameters; D is 64 in each
+    "124M": GPTConfig(n_embd=768, n_head=12, n_layer=12),
+    "355M": GPTConfig(n_embd=1024, n_head=16, n_layer=24),
+    "774M": GPTConfig(n_embd=1280, n_head=20, n_layer=36),
+    "1558M": GPTConfig(n_embd=1600, n_head=25, n_layer=48),
+}
+# What two processor cores can train while you watch: 30 million, 19 of them the token embedding.
+SIZES = {"small": GPTConfig(context_length=64, n_embd=384, n_head=6, n_layer=6), **GPT2_CONFIGS}
+
+
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
+
+
+class Options(argparse.Namespace):
+    """The options in a subclass's docstring, which is a table, at their defaults or as given.
+    A line is: name, default (- is None), values (text, a switch, a choice of a|b, or the type and
+    bounds of a number), explanation. Section 8 builds the command line from the same tables."""
+
+    def __init__(self, **given):
+        super().__init__(**{name: default for name, default, _, _ in self.table()} | given)
+
+    @classmethod
+    def table(cls):
+        """Each option's name, default, keywords for argparse's add_argument, and explanation."""
+        for line in cls.__doc__.split("\n\n")[1].strip().splitlines():
+            name, default, values, text = re.split(r"  +", line.strip(), maxsplit=3)
+            keywords, parse = {}, str
+            if values == "switch":
+                keywords, parse = {"action": "store_true"}, lambda _: False
+            elif "|" in values:
+                keywords = {"choices": values.split("|")}
+            elif values != "text":
+                keywords["type"] = parse = functools.partial(cls.number, *values.split())
+            yield name, None if default == "-" else parse(default), keywords, text
+
+    @staticmethod
+    def number(kind, low, high, text):
+        value = {"int": int, "float": float}[kind](text)
+        if not float(low) <= value <= float(high):  # as is NaN
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
+        return value
+
+
+class TrainOptions(Options):
+    """How to train.
+
+    data           the-verdict.txt  text  UTF-8 text, or .bin: raw uint16 tokens of GPT-2's vocabulary
+    val_fraction   0.1    float 0 0.99    the end of the data, kept for validation
+    tokenizer      -      text            gpt2, or N: learn N tokens from the data (gpt2, else 1024)
+    size           small  small|124M|355M|774M|1558M  the shape of a new model
+    gpt2           -      124M|355M|774M|1558M  start from OpenAI's weights instead
+    gpt2_folder    gpt2   text            where OpenAI's files are kept, in a folder for each size
+    gpt2_url       -      text            where they come from (OpenAI)
+    context        -      int 1 1e9       tokens in a window (the size's)
+    n_layer        -      int 1 1e9       blocks (the size's)
+    n_head         -      int 1 1e9       attention heads (the size's)
+    n_embd         -      int 1 1e9       channels (the size's)
+    dropout        0      float 0 0.99    share of activations zeroed while training
+    from_scratch   -      switch          run the hand-written arithmetic, not PyTorch's kernels
+    steps          200    int 1 1e9       optimizer steps, in all
+    batch_size     8      int 1 1e9       windows that each process reads at once
+    accumulate     1      int 1 1e9       such batches to one optimizer step
+    stride         -      int 1 1e9       tokens from one window to the next (a quarter of the context)
+    learning_rate  1e-3   float 0 1e9     the highest, at the end of the warm-up
+    warmup         20     int 0 1e9       steps in which the learning rate rises
+    weight_decay   0.1    float 0 10      pull of matrices and embeddings towards 0
+    clip           1      float 1e-9 1e9  longest gradient let through, as a norm
+    eval_every     20     int 1 1e9       steps between measurements of the validation loss
+    save_every     100    int 1 1e9       steps between checkpoints
+    sample_every   100    int 1 1e9       steps between samples of text
+    prompt         I HAD always  text     what these samples go on from
+    seed           1      int 0 1e9       of all that is random
+    device         auto   auto|cpu|cuda|mps  where to compute
+    dtype          auto   auto|float32|bfloat16|float16  of matrix products (half size on a GPU)
+    compile        -      switch          let torch.compile fuse the arithmetic; starts slowly
+    out            out    text            folder for checkpoint.pt, best.pt and log.csv
+    resume         -      switch          go on from the checkpoint in that folder
+    """
+
+
+class SampleOptions(Options):
+    """How to sample.
+
+    gpt2         -     124M|355M|774M|1558M  sample from OpenAI's weights (a checkpoint)
+    checkpoint   out/checkpoint.pt  text  sample from a model that was trained here
+    gpt2_folder  gpt2  text            where OpenAI's files are kept, in a folder for each size
+    gpt2_url     -     text            where they come from (OpenAI)
+    prompt       I HAD always thought  text  the text to continue; - reads standard input
+    tokens       100   int 1 1e9       the most tokens to add
+    temperature  0.8   float 0 1e6     0 greedy, below 1 bolder, above 1 more varied
+    top_k        50    int 1 1e9       draw among the k most probable tokens
+    top_p        1     float 1e-9 1    draw among the likeliest, p of the probability
+    samples      1     int 1 1e9       how many continuations
+    ignore_eos   -     switch          go on behind <|endoftext|>
+    no_cache     -     switch          read the whole text again for each token (slow, to compare)
+    seed         1     int 0 1e9       of all that is random
+    device       auto  auto|cpu|cuda|mps  where to compute
+    dtype        auto  auto|float32|bfloat16|float16  of the weights (half size on a GPU)
+    compile      -     switch          let torch.compile fuse the arithmetic; starts slowly
+    """
+
+
+# ==================================================================================================
+# 2 Layers
+# A token travels through the network as a vector of C numbers, its row of the residual stream. A
+# block adds to the stream twice: attention moves information from row to row, the feed-forward
+# network works on each row by itself. B texts of T tokens travel together, as x (B, T, C).
+# nn.Linear(m, n) holds W (n, m) and b (n,), and maps x (..., m) to x Wᵀ + b (..., n).
+
+
+class LayerNorm(nn.Module):
+    """Each row brought to mean 0 and variance 1, then scaled and shifted by learned numbers.
+        y = (x - mean) / sqrt(variance + eps) * weight + bias         over the C numbers of a row
+    So a layer behind it reads numbers of one size, however far the stream has grown.
+    (B, T, C) -> (B, T, C). Source: Ba et al. 2016, section 3.1; src/model.py, norm()."""
+
+    EPS = 1e-5  # keeps a constant row from dividing by 0
+
+    def __init__(self, config):
+        super().__init__()
+        self.fused = config.fused
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        self.bias = nn.Parameter(torch.zeros(config.n_embd))
+
+    def forward(self, x):
+        if self.fused:
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.EPS)
+        x = x - x.mean(-1, keepdim=True)  # (B, T, C) - (B, T, 1)
+        variance = x.square().mean(-1, keepdim=True)  # (B, T, 1), divided by C, not C - 1
+        return x * torch.rsqrt(variance + self.EPS) * self.weight + self.bias
+
+
+class GELU(nn.Module):
+    """x times the probability that a standard normal number is below x: a ReLU with a soft knee.
+        gelu(x) ≈ x/2 (1 + tanh(sqrt(2/π) (x + 0.044715 x³)))
+    The exact form takes the error function, once slow; GPT-2 was trained with this approximation, so
+    its weights expect it. Source: Hendrycks and Gimpel 2016, section 2; src/model.py, gelu()."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.fused = config.fused
+
+    def forward(self, x):
+        if self.fused:
+            return F.gelu(x, approximate="tanh")
+        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+
+
+class CausalSelfAttention(nn.Module):
+    """Each token mixes together what it finds in itself and the tokens before it.
+        attention(Q, K, V) = softmax(Q Kᵀ / sqrt(D) + mask) V                 in each of H heads
+    A row's query says what it looks for, its key what it offers, its value what it hands over. A
+    score, query times key, sums D products, so it grows like sqrt(D); divided by that it keeps a size
+    at which the softmax isn't one hard choice with no gradient left. The mask makes the scores of
+    later tokens -∞ before the softmax, so that the weights of those that may be seen sum to 1:
+                        key:   I   HAD  always
+        query  I              1.0   0     0        Row t knows tokens up to t only. So one pass over
+               HAD            0.7  0.3    0        a text gives a prediction at all T places, and
+               always         0.3  0.1   0.6       none of them could look at its answer.
+    (B, T, C) -> (B, T, C). Source: Vaswani et al. 2017, section 3.2; src/model.py, attn()."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.dropout, self.fused = config.n_head, config.dropout, config.fused
+        self.query = nn.Linear(config.n_embd, config.n_embd, bias=config.qkv_bias)
+        self.key = nn.Linear(config.n_embd, config.n_embd, bias=config.qkv_bias)
+        self.value = nn.Linear(config.n_embd, config.n_embd, bias=config.qkv_bias)
+        self.projection = nn.Linear(config.n_embd, config.n_embd)  # mixes what the heads found
+
+    def forward(self, x, past=None, start=0):
+        """past: buffers (B, H, ., D) of this layer's keys and values, filled for `start` tokens."""
+        B, T, C = x.shape
+        heads = (B, T, self.n_head, C // self.n_head)  # the channels shared out: C = H * D
+        q = self.query(x).view(heads).transpose(1, 2)  # (B, T, H, D) -> (B, H, T, D)
+        k = self.key(x).view(heads).transpose(1, 2)
+        v = self.value(x).view(heads).transpose(1, 2)
+        if past is not None:
+            for buffer, new in zip(past, (k, v), strict=True):
+                buffer[:, :, start : start + T] = new
+            k, v = (buffer[:, :, : start + T] for buffer in past)  # (B, H, S, D)
+        # Query i stands at start + i and sees keys 0 to start + i. A single query sees all of them.
+        mask, dropout = None, self.dropout if self.training else 0.0
+        if T > 1 and (start > 0 or not self.fused):  # (T, S), true where a key may be seen
+            mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
+        if self.fused:  # makes the mask itself in the plain case, start 0
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, T > 1 and mask is None)
+        else:
+            scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, H, T, S)
+            scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)
+            weights = F.dropout(torch.softmax(scores, dim=-1), dropout)  # rows sum to 1
+            y = weights @ v  # (B, H, T, S) @ (B, H, S, D) -> (B, H, T, D)
+        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
+        return F.dropout(self.projection(y), dropout)
+
+
+class FeedForward(nn.Module):
+    """What a token makes of what it has gathered: gelu(x W₁ᵀ + b₁) W₂ᵀ + b₂, four times wider inside.
+    Two thirds of a block's parameters are here. (B, T, C) -> (B, T, C). Source: src/model.py, mlp().
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.expand = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.gelu = GELU(config)
+        self.projection = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.dropout = config.dropout
+
+    def forward(self, x):
+        x = self.projection(self.gelu(self.expand(x)))  # (B, T, C) -> (B, T, 4C) -> (B, T, C)
+        return F.dropout(x, self.dropout, self.training)
+
+
+class TransformerBlock(nn.Module):
+    """x = x + attention(norm_1(x)), then x = x + feed_forward(norm_2(x)): (B, T, C) -> (B, T, C).
+    The norms stand before the layers, off the stream (pre-LayerNorm; the transformer of 2017 had
+    them on it). So from the embeddings to the top the stream is a plain sum, through which the
+    gradient reaches every layer undiminished: deep stacks train easily. Source: GPT-2, section 2.3.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.norm_1 = LayerNorm(config)
+        self.attention = CausalSelfAttention(config)
+        self.norm_2 = LayerNorm(config)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x, past=None, start=0):
+        x = x + self.attention(self.norm_1(x), past, start)
+        return x + self.feed_forward(self.norm_2(x))
+
+
+# ==================================================================================================
+# 3 Model
+#     x = token_embedding[tokens] + position_embedding[0, 1, ..., T - 1]
+#     x = block(x), n_layer times
+#     logits = final_norm(x) token_embeddingᵀ
+#
+# Attention by itself is blind to order, so each place in the window has a learned vector as well.
+# The head, which turns a row into V scores, is the token embedding once more ("tied"): what is near
+# a token's vector predicts that token. This saves V * C parameters, 38.6 of 163 million in 124M.
+#
+# Thanks to the mask, a token's keys and values never depend on later tokens. When a text grows they
+# stay what they were, so they are computed once and kept. Of "always" below, one row goes through
+# the blocks, not three. That takes 2 * n_layer * C numbers a token: 72 KiB in 124M with float32,
+# 72 MiB for a full window.
+#
+#     read "I HAD"      [ I | HAD |        |     ]   cache.length 2
+#     read "always"     [ I | HAD | always |     ]   cache.length 3
+
+
+class KVCache:
+    """Keys and values of the tokens read so far, in buffers that are made once, for `length`."""
+
+    def __init__(self, config, batch_size, length=None, device=None, dtype=None):
+        length, D = length or config.context_length, config.n_embd // config.n_head
+        shape = (batch_size, config.n_head, length, D)  # a buffer of keys and one of values a layer
+        new = functools.partial(torch.empty, shape, device=device, dtype=dtype)
+        self.layers = [[new(), new()] for _ in range(config.n_layer)]
+        self.length = 0  # tokens held
+
+
+class GPT(nn.Module):
+    """tokens (B, T) -> logits (B, T, V): log-probabilities of the next token, up to a constant."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, C = config, config.n_embd
+        table = functools.partial(nn.Embedding.from_pretrained, freeze=False)  # draws no numbers
+        self.token_embedding = table(torch.empty(config.vocab_size, C))
+        self.position_embedding = table(torch.empty(config.context_length, C))
+        self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layer))
+        self.final_norm = LayerNorm(config)
+        if not self.token_embedding.weight.is_meta:  # a model without memory is about to be loaded
+            self.initialise()
+
+    def initialise(self):
+        """Matrices and embeddings from N(0, 0.02²), as in GPT-1; biases 0; gains are 1 from the start.
+        The 2 * n_layer projections that add to the stream are drawn smaller by the square root of
+        their number: variances add up, so the stream starts out no larger in a deep model. Source:
+        GPT-2, section 2.3; Radford et al. 2018 (GPT-1), section 4.1."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1:
+                depth = 2 * self.config.n_layer if name.endswith("projection.weight") else 1
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(depth))
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, tokens, cache=None, last=False):
+        """The tokens follow those in the cache; with `last`, logits (B, 1, V) of the last place."""
+        start = cache.length if cache else 0
+        end = start + tokens.shape[1]
+        fits = end <= self.config.context_length
+        require(fits, f"{end} tokens are more than the window of {self.config.context_length}")
+        x = self.token_embedding(tokens)  # (B, T) -> (B, T, C)
+        x = x + self.position_embedding.weight[start:end]  # (T, C), the same for all rows
+        x = F.dropout(x, self.config.dropout, self.training)
+        for n, block in enumerate(self.blocks):
+            x = block(x, cache.layers[n] if cache else None, start)
+        if cache:
+            cache.length = end
+        x = self.final_norm(x[:, -1:] if last else x)
+        return F.linear(x, self.token_embedding.weight)  # (B, T, C) @ (C, V) -> (B, T, V)
+
+
+def cross_entropy(logits, targets):
+    """Mean negative log-likelihood in nats: logits (..., V), targets (...) int64 -> a scalar.
+        loss = mean of -log softmax(logits)[target] = mean of log(sum of exp(logits)) - logit[target]
+    A model that knows nothing gives each token 1/V, so the loss starts near ln V, 10.8 for GPT-2's
+    vocabulary. logsumexp takes the largest logit out of the sum first, so no exp can overflow."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return (logits.logsumexp(-1) - chosen).mean()
+
+
+# ==================================================================================================
+# 4 Dataset
+# GPT-2's tokenizer starts from the 256 bytes, so that it can write anything, and has learned 50,000
+# longer tokens by merging the most frequent pair of neighbours again and again (byte-pair encoding;
+# Sennrich et al. 2016, GPT-2 section 2.2). Before that, a pattern cuts the text into words, each
+# with the space before it, and no token reaches across the cut. The encoding is done by tiktoken.
+
+END_OF_TEXT = "<|endoftext|>"  # the token between two documents; text doesn't merge into it
+# Contractions, letters, digits, other signs, white space. Source: src/encoder.py, Encoder.pat.
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def make_tokenizer(name, ranks, end_of_text):
+    """A tiktoken.Encoding from ranks, {bytes of a token: its number}; lower ones merge first."""
+    special = {END_OF_TEXT: end_of_text}
+    return tiktoken.Encoding(name, pat_str=WORDS, mergeable_ranks=ranks, special_tokens=special)
+
+
+def read_gpt2_tokenizer(folder):
+    """The tokenizer in OpenAI's encoder.json, whose numbers are the ranks.
+    In its keys a byte that can't be printed is written as chr(256), chr(257), ...: src/encoder.py,
+    bytes_to_unicode(). vocab.bpe has the merges in the order learned, which must give these ranks.
+    """
+    ranks = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
+    merges = (folder / "vocab.bpe").read_text(encoding="utf-8").split("\n")[1:-1]  # a version first
+    fit = all(ranks.get(merge.replace(" ", "")) == 256 + n for n, merge in enumerate(merges))
+    require(fit, f"{folder}: vocab.bpe and encoder.json don't fit; delete both and run again")
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [b for b in range(256) if b not in printable]
+    byte = {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(hidden)}
+    end_of_text = ranks.pop(END_OF_TEXT)
+    ranks = {bytes(byte[c] for c in token): rank for token, rank in ranks.items()}
+    return make_tokenizer("gpt2", ranks, end_of_text)
+
+
+def load_tokenizer(name=None, folder="gpt2", text=None):
+    """GPT-2's tokenizer ("gpt2"), or N tokens learned from text (N), or the first that works (None).
+    GPT-2's comes from the first folder/SIZE that holds it, else from tiktoken, which looks in its
+    cache, then downloads; OSError if that fails too. Returns a tiktoken.Encoding."""
+    if name in (None, "gpt2"):
+        for vocabulary in sorted(Path(folder).glob("*/vocab.bpe")):
+            return read_gpt2_tokenizer(vocabulary.parent)
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except Exception as error:  # the network's, in whatever form tiktoken passes it on
+            problem = f"can't download GPT-2's vocabulary ({type(error).__name__})"
+            if name == "gpt2" or text is None:
+                raise OSError(f"{problem}; go online once, or use --tokenizer 1024") from error
+            progress(f"{problem}; learning 1024 tokens from the text instead")
+    size = str(name or 1024)
+    require(size.isdecimal(), f"--tokenizer is {name}, it must be gpt2 or a number from 257 up")
+    require(text is not None, "a .bin file holds GPT-2's tokens, --tokenizer can only be gpt2")
+    ranks = train_bpe(text, int(size) - 1)  # and then <|endoftext|>
+    return make_tokenizer("learned", ranks, len(ranks))
+
+
+def train_bpe(text, vocab_size):
+    """Learn tokens from text -> {bytes: rank}, the 256 bytes first, then the learned, in order.
+    Merges the most frequent pair of neighbours (of equals, the first met) until there are
+    vocab_size tokens or no pairs. ValueError below 256. Source: Sennrich et al. 2016, algorithm 1.
+    """
+    require(vocab_size >= 256, f"a vocabulary of {vocab_size} tokens can't hold the 256 bytes")
+    tokens = [bytes([b]) for b in range(256)]
+    # WORDS for the standard library, which has no \p: a letter is a \w that is no digit and no _.
+    words = re.findall(r"'(?:[stmd]|re|ve|ll)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+", text)
+    # Below, the characters of a word are token numbers: chr(n) stands for token n.
+    counts = Counter(word.encode().decode("latin-1") for word in words)
+    while len(tokens) < vocab_size:
+        pairs = Counter()
+        for word, count in counts.items():
+            for pair in itertools.pairwise(word):
+                pairs[pair] += count
+        if not pairs:
+            break
+        left, right = max(pairs, key=pairs.get)
+        merged = chr(len(tokens))
+        counts = {word.replace(left + right, merged): n for word, n in counts.items()}
+        tokens.append(tokens[ord(left)] + tokens[ord(right)])
+    return {token: rank for rank, token in enumerate(tokens)}
+
+
+# The targets are the input shifted by one token, so that every place has its next token as answer:
+#
+#     tokens      I  HAD  always  thought  Jack  Gis  burn       context 4, stride 2
+#     window 0    I  HAD  always  thought                        its target: HAD always thought Jack
+#     window 1            always  thought  Jack  Gis             its target: thought Jack Gis burn
+#
+# With a stride below the context a token is met at several positions, behind texts of several
+# lengths. A short text wants that: what was met at one position only isn't recognised at others.
+
+
+class SlidingWindows(Dataset):
+    """Windows over tokens: item i is (input, target), int64 (context_length,) each.
+    Window i begins at token i * stride; there are as many as fit, targets included. An item reads
+    its own tokens only, so `tokens` can be a memory map. ValueError for tokens from vocab_size on.
+    """
+
+    def __init__(self, tokens, context_length, stride, vocab_size=math.inf):
+        self.tokens, self.context_length, self.stride = tokens, context_length, stride
+        self.vocab_size = vocab_size
+
+    def __len__(self):
+        return max(0, (len(self.tokens) - self.context_length - 1) // self.stride + 1)
+
+    def __getitem__(self, i):
+        at = range(len(self))[i] * self.stride  # IndexError behind the last
+        window = np.asarray(self.tokens[at : at + self.context_length + 1]).astype(np.int64)
+        fits = window.max() < self.vocab_size
+        require(fits, f"token {window.max()} in the data, the vocabulary has {self.vocab_size}")
+        return torch.from_numpy(window[:-1]), torch.from_numpy(window[1:])
+
+
+# ==================================================================================================
+# 5 Training
+# One step: read a batch of windows, measure the loss, let autograd find how it changes with each
+# parameter (the gradient), and move every parameter a little against it. AdamW (Loshchilov and
+# Hutter 2019) divides each parameter's running mean gradient by its running size, so that all move
+# at about the learning rate. The rate rises linearly at first, while these means stem from too few
+# gradients to be trusted, then falls along half a cosine: large steps to get near, small to settle.
+#
+# Everything random is a function of (seed, step) or (seed, epoch). So nothing of it needs saving,
+# and a run that stops and goes on draws what it would have drawn.
+
+FORMAT = 1  # of checkpoints
+
+
+def save_checkpoint(path, model, tokenizer, training_state=None):
+    """Write all that is needed to go on to one file; a kill leaves the previous one or this one.
+    Raises OSError where the disk is full or can't be written to."""
+    content = {"format": FORMAT, "config": asdict(model.config), "weights": model.state_dict()}
+    content["tokenizer"] = (tokenizer.name, tokenizer._mergeable_ranks, tokenizer.eot_token)
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            torch.save(content | {"training_state": training_state}, file)
+            file.flush()
+            os.fsync(file.fileno())  # first on the disk, then under its name
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        Path(f"{path}.tmp").unlink(missing_ok=True)
+        raise OSError(f"can't write {path} ({error}); what was there before still is") from error
+
+
+def load_checkpoint(path, **changes):
+    """The (model, tokenizer, training_state or None) that save_checkpoint wrote; model.eval().
+    The file is mapped: weights are read from the disk when first used. `changes` replace fields of
+    its GPTConfig. Raises ValueError for a file that is damaged or not of this program and format.
+    """
+    require(os.path.isfile(path), f"there is no file {path}; train first, or name another")
+    try:
+        with zipfile.ZipFile(path) as archive:  # it has checksums, which torch.load doesn't look at
+            require(archive.testzip() is None, "a checksum differs")
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        require(content["format"] == FORMAT, f"its format is {content['format']}, not {FORMAT}")
+        with torch.device("meta"):  # shapes without memory: the file's tensors take their places
+            model = GPT(GPTConfig(**content["config"] | changes)).eval()
+        model.load_state_dict(content["weights"], assign=True)
+        return model, make_tokenizer(*content["tokenizer"]), content["training_state"]
+    except Exception as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{path} is damaged or not a checkpoint of gpt.py ({reason})") from error
+
+
+def learning_rate(step, options):
+    """The learning rate of step 0, 1, ..., steps - 1; the last gets a tenth of the highest."""
+    if step < options.warmup:
+        return options.learning_rate * (step + 1) / options.warmup
+    done = (step + 1 - options.warmup) / (options.steps - options.warmup)  # 1 in the last step
+    return options.learning_rate * (0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2)
+
+
+def make_optimizer(model, weight_decay):
+    """AdamW that shrinks matrices and embeddings a little in each step, so that what nothing pulls
+    on goes to 0. Biases and gains (which have 1 dimension) have no reason to be near 0."""
+    vectors = {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0}
+    matrices = {"params": [p for p in model.parameters() if p.dim() > 1]}
+    settings = {"weight_decay": weight_decay, "fused": True}  # fused: one pass over the parameters
+    return torch.optim.AdamW([matrices, vectors], betas=(0.9, 0.95), **settings)  # βs as in GPT-3
+
+
+def shuffled(n, seed, first):
+    """An endless row of epochs, each a new order of n windows, from place `first` on."""
+    for epoch in itertools.count(first // n):
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(hash((seed, epoch))))
+        yield from map(int, order[max(0, first - epoch * n) :])
+
+
+@torch.no_grad()
+def evaluate(model, batches, device):
+    """Mean loss over the windows in these batches."""
+    model.eval()
+    losses = [(cross_entropy(model(x.to(device)), y.to(device)).item(), len(x)) for x, y in batches]
+    model.train()
+    return sum(loss * windows for loss, windows in losses) / sum(windows for _, windows in losses)
+
+
+def progress(text, keep=True):
+    """Show a line on standard error; one that isn't kept is overwritten, or left out of a file."""
+    if sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns - 1
+        print("\r" + text[:width].ljust(width), end="\n" * keep, file=sys.stderr, flush=True)
+    elif keep:
+        print(text, file=sys.stderr, flush=True)
+
+
+def summarise(out):
+    """Show the course of a run as sparklines, where its results are, what to try with them."""
+    log = np.genfromtxt(out / "log.csv", delimiter=",", skip_header=1, ndmin=2)
+    for name, column in (("training", log[:, 1]), ("validation", log[:, 2])):
+        if len(losses := column[~np.isnan(column)]):
+            points = [part.mean() for part in np.array_split(losses, min(40, len(losses)))]
+            heights = 7.99 * (points - min(points)) / (np.ptp(points) or 1)
+            line = "".join("▁▂▃▄▅▆▇█"[int(height)] for height in heights)
+            progress(f"{name:>10} {losses[0]:6.3f} {line} {losses[-1]:.3f}, best {min(losses):.3f}")
+    progress(f"{out}/checkpoint.pt has the last weights, {out}/best.pt the best for new text")
+    progress(f"try: python gpt.py sample --checkpoint {out}/checkpoint.pt --temperature 0")
+
+
+def pick_device(name, dtype):
+    """The torch.device and torch.dtype of these names; auto is the best that is there."""
+    here = ["cpu"] + ["mps"] * torch.backends.mps.is_available()
+    here += ["cuda"] * torch.cuda.is_available()
+    require(name in ("auto", *here), f"--device {name} is not there, only {', '.join(here)}")
+    device = torch.device(here[-1] if name == "auto" else name)
+    if dtype == "auto" and device.type == "cuda":  # GPUs from before 2020 have float16 only
+        dtype = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    return device, getattr(torch, "float32" if dtype == "auto" else dtype)
+
+
+def new_model(options, given):
+    """The (model, tokenizer) that a run starts from: a random one, or OpenAI's."""
+    changes = {"dropout": options.dropout, "fused": not options.from_scratch}
+    shape = {name: given[name] for name in ("n_layer", "n_head", "n_embd") if name in given}
+    if options.gpt2:
+        clash = ", ".join(given.keys() & {"size", "tokenizer", *shape})
+        require(not clash, f"--gpt2 brings its own {clash}; leave out one of the two")
+        return fetch_gpt2(options, **changes)
+    text = None if options.data.endswith(".bin") else Path(options.data).read_text("utf-8")
+    tokenizer = load_tokenizer(options.tokenizer, options.gpt2_folder, text)
+    config = replace(SIZES[options.size], vocab_size=tokenizer.n_vocab, **shape, **changes)
+    torch.manual_seed(options.seed)
+    return GPT(replace(config, context_length=options.context or config.context_length)), tokenizer
+
+
+MAY_CHANGE = {"out", "resume", "steps", "batch_size", "accumulate", "device", "dtype", "compile"}
+MAY_CHANGE |= {"eval_every", "save_every", "sample_every"}
+
+
+def resumed_options(given, state, world):
+    """The options of the run that saved this state, with those changed that may change."""
+    require(state, "best.pt and converted weights can't be resumed, checkpoint.pt can")
+    options, batch, done = state["options"] | given, state["batch"], state["step"]
+    fixed = [n for n in given.keys() - MAY_CHANGE if given[n] != state["options"][n]]
+    require(not fixed, f"a resumed run keeps its {', '.join(fixed)}; leave out, or start anew")
+    if "accumulate" not in given:  # follows from the number of processes
+        options["accumulate"] = max(1, batch // (options["batch_size"] * world))
+    same = options["batch_size"] * options["accumulate"] * world == batch
+    require(same, f"batch size x accumulate x processes must stay {batch} in a resumed run")
+    few = f"--steps {options['steps']}, but the run has done {done} already"
+    require(options["steps"] >= done, few)
+    return TrainOptions(**options)
+
+
+def open_log(out, step):
+    """out/log.csv, without what a killed run wrote behind its checkpoint's step."""
+    if step == 0:
+        if (out / "checkpoint.pt").exists() or (out / "best.pt").exists():  # an earlier run
+            names = (out.with_name(f"{out.name}.{n}") for n in itertools.count(1))
+            out.rename(free := next(name for name in names if not name.exists()))
+            progress(f"{out} held an earlier run, which is now in {free}")
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "log.csv").write_text("step,train_loss,val_loss,learning_rate,tokens_per_second\n")
+    log = open(out / "log.csv", "r+")  # noqa: SIM115
+    for _ in range(step + 1):  # the header and a row for each step
+        log.readline()
+    log.truncate(log.tell())
+    return log
+
+
+def train(**given):
+    """Train as the options say; those not given have TrainOptions' defaults. Returns the model.
+    Writes checkpoint.pt, best.pt and log.csv into the folder `out`. Raises ValueError or OSError
+    for what is wrong with options, data or disk, and SystemExit after SIGINT or SIGTERM."""
+    options = TrainOptions(**given)
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    out, state = Path(options.out), {"step": 0, "best_val_loss": math.inf}
+    if "data" not in given:
+        options.data = str(Path(__file__).resolve().with_name(options.data))
+    if options.resume:
+        model, tokenizer, state = load_checkpoint(out / "checkpoint.pt")
+        options = resumed_options(given, state, world)
+    device, dtype = pick_device(options.device, options.dtype)
+    if not options.resume:
+        model, tokenizer = new_model(options, given)
+
+    # The data. What lies behind the cut is for validation and never trained on.
+    if options.data.endswith(".bin"):
+        tokens = np.memmap(options.data, dtype="<u2", mode="r")
+    else:
+        text = Path(options.data).read_text("utf-8")
+        tokens = tokenizer.encode_to_numpy(text, allowed_special="all")
+    cut = len(tokens) - int(len(tokens) * options.val_fraction)
+    context, V = options.context or model.config.context_length, model.config.vocab_size
+    windows = SlidingWindows(tokens[:cut], context, options.stride or max(1, context // 4), V)
+    few = f"{options.data} gives {cut} tokens to train on, a window takes {context + 1}"
+    require(len(windows) > 0, f"{few}; use more text or a smaller --context")
+    short = max(1, min(context, len(tokens) - cut - 1))  # a short part, a shorter window
+    val_windows = SlidingWindows(tokens[cut:], short, short, V)
+    spread = range(0, len(val_windows), 1 + len(val_windows) // 64)  # of many, up to 64 will do
+
+    # The machine. torchrun starts several processes and numbers them; each has its own device.
+    if world > 1:
+        torch.distributed.init_process_group()  # nccl between GPUs, gloo between processors
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    optimizer = make_optimizer(model.to(device).train(), options.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    if options.resume:
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"] or scaler.state_dict())
+    if options.compile:
+        model.compile()
+    parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    log = open_log(out, state["step"]) if rank == 0 else None
+
+    first, begun, signals = state["step"], time.perf_counter(), []
+    batch = options.batch_size * options.accumulate * world  # windows in a step, of all processes
+    state |= {"options": vars(options), "batch": batch}
+    order = itertools.islice(shuffled(len(windows), options.seed, first * batch), rank, None, world)
+    pinned = device.type == "cuda"  # from pinned memory a batch goes over while the GPU computes
+    batches = iter(DataLoader(windows, options.batch_size, sampler=order, pin_memory=pinned))
+    with contextlib.ExitStack() as afterwards:
+        for s in (signal.SIGINT, signal.SIGTERM):  # noted, and obeyed when the step is done
+            old = signal.signal(s, lambda number, frame: signals.append(number))
+            afterwards.callback(signal.signal, s, old)
+        for done in range(first + 1, options.steps + 1):
+            started, last = time.perf_counter(), done == options.steps
+            torch.manual_seed(hash((options.seed, done, rank)))  # dropout draws from this
+            rate, loss = learning_rate(done - 1, options), torch.zeros((), device=device)
+            for micro in range(1, options.accumulate + 1):
+                inputs, targets = (t.to(device, non_blocking=True) for t in next(batches))
+                # Gradients add up; the processes exchange theirs in the last backward pass only.
+                parallel.require_backward_grad_sync = micro == options.accumulate
+                with autocast:
+                    part = cross_entropy(parallel(inputs), targets) / options.accumulate
+                scaler.scale(part).backward()
+                loss += part.detach()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), options.clip)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            # What all processes have to agree on: the loss of the whole batch, and whether to stop.
+            shared = torch.stack((loss / world, loss.new_tensor(len(signals))))
+            if world > 1:
+                torch.distributed.all_reduce(shared)
+            loss, stop = shared.tolist()
+            require(math.isfinite(loss), f"step {done}: the loss is {loss}; lower --learning-rate")
+            speed, measured = batch * context / (time.perf_counter() - started), ""
+            if rank == 0:
+                if spread and (done % options.eval_every == 0 or last):
+                    chosen = DataLoader(Subset(val_windows, spread), options.batch_size)
+                    measured = f"{(val_loss := evaluate(model, chosen, device)):.9g}"
+                    if val_loss < state["best_val_loss"]:
+                        state["best_val_loss"] = val_loss
+                        save_checkpoint(out / "best.pt", model, tokenizer)
+                log.write(f"{done},{loss:.9g},{measured},{rate:.9g},{speed:.0f}\n")
+                log.flush()
+                left = (time.perf_counter() - begun) / (done - first) * (options.steps - done)
+                line = f"step {done}/{options.steps}  loss {loss:.3f}  val {measured[:5]:5}"
+                line += f"  {speed:,.0f} tokens/s  {left // 60:.0f}:{left % 60:02.0f} left"
+                progress(line, keep=bool(measured) or last)
+                if done % options.save_every == 0 or last or stop:
+                    state |= {"step": done, "scaler": scaler.state_dict()}
+                    state["optimizer"] = optimizer.state_dict()
+                    save_checkpoint(out / "checkpoint.pt", model, tokenizer, state)
+                if done % options.sample_every == 0 or last:
+                    added = generate(model.eval(), encode(tokenizer, options.prompt, device), 40, 0)
+                    print(options.prompt + tokenizer.decode([*map(int, added)]), flush=True)
+                    model.train()
+            if stop:
+                progress(f"stopped after step {done}, saved; go on with --resume")
+                raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
+    if world > 1:
+        torch.distributed.destroy_process_group()
+    if rank == 0:
+        summarise(out)
+    return model
+
+
+# ==================================================================================================
+# 6 Decoding
+# The model gives logits for the next token; three dials shape what is drawn from them:
+#
+#     temperature   divides the logits: below 1 the probable becomes more so, 0 takes the best
+#     top-k         leaves the k most probable tokens (Fan et al. 2018, section 5)
+#     top-p         leaves the fewest most probable ones that together have probability p
+#                   (Holtzman et al. 2020, section 3.1)
+#
+# Temperature comes first because it changes how many tokens it takes to reach p.
+
+
+def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """Draw the next token of each row: logits (B, V) -> int64 (B,). Ties at place k all stay."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        kth = logits.topk(top_k).values[:, -1:]  # (B, 1), found without sorting V numbers
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    probabilities = torch.softmax(logits, -1)
+    if top_p is not None and top_p < 1:
+        ordered, tokens = probabilities.sort(descending=True)
+        before = ordered.cumsum(-1) - ordered  # mass of the more probable; 0 for the first
+        probabilities.scatter_(-1, tokens, ordered.masked_fill(before >= top_p, 0))
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+
+
+# A full window can't just drop its first token: each position has its own vector, so every key and
+# value would change. Instead the newest half is read afresh from position 0 on, once in
+# context_length / 2 tokens, so that a token costs the same however long the text gets:
+#
+#     [ a b c d e f g h ] is full and i comes   ->   [ f g h i . . . . ]
+
+
+def generate(
+    model,
+    prompt,  # int64 (B, T); of a prompt longer than the window the newest part is read
+    max_new_tokens,
+    temperature=1.0,
+    top_k=None,
+    top_p=None,
+    eos=None,  # the token that ends a row: from then on it yields nothing else
+    seed=None,
+    use_cache=True,  # without: the same tokens, slower
+    samples=1,  # continuations of each row, from one reading of the prompt
+):
+    """Yield the next token of each row, int64 (B * samples,), again and again, until all ended.
+    Raises ValueError for logits that aren't finite."""
+    context, device = model.config.context_length, prompt.device
+    generator = torch.Generator(device)
+    generator.seed() if seed is None else generator.manual_seed(seed)
+    window = unread = prompt[:, -context:]
+    length, dtype = min(context, window.shape[1] + max_new_tokens), next(model.parameters()).dtype
+    cache = KVCache(model.config, len(prompt), length, device, dtype) if use_cache else None
+    ended = torch.zeros(len(prompt) * samples, dtype=torch.bool, device=device)
+    for n in range(max_new_tokens):
+        with torch.inference_mode():
+            if window.shape[1] > context:
+                window = unread = window[:, -max(1, context // 2) :]
+                if cache:
+                    cache.length = 0
+            logits = model(unread if cache else window, cache, last=True)[:, -1]  # (B, V)
+            if n == 0 and samples > 1:
+                window, logits = (x.repeat_interleave(samples, 0) for x in (window, logits))
+                for pair in cache.layers if cache else ():  # shared out to the rows
+                    pair[:] = [buffer.repeat_interleave(samples, 0) for buffer in pair]
+            finite = logits.max().isfinite()  # the maximum is NaN if there is one anywhere
+            require(finite, "the model's logits are not finite: its weights are no good")
+            token = sample_token(logits, temperature, top_k, top_p, generator)
+            if eos is not None:
+                token = token.masked_fill(ended, eos)
+                ended |= token == eos
+            unread = token.unsqueeze(1)  # (B, 1)
+            window = torch.cat((window, unread), dim=1)
+        yield token
+        if ended.all():
+            return
+
+
+# ==================================================================================================
+# 7 GPT-2 weights
+# OpenAI published each size as a TensorFlow checkpoint. Where nn.Linear computes x Wᵀ with W
+# (out, in), src/model.py computes x w with w (1, in, out), a convolution of width 1 (conv1d()): so
+# each w loses its first dimension and is transposed. c_attn holds query, key and value side by
+# side, w (1, C, 3C) = [ Wq | Wk | Wv ] and b (3C,), and is cut into the three.
+
+GPT2_FILES = ["hparams.json", "encoder.json", "vocab.bpe", "model.ckpt.index"]
+GPT2_FILES += ["model.ckpt.data-00000-of-00001"]
+GPT2_LAYERS = {  # a layer in OpenAI's block h0, h1, ...: those in ours; variables w or g (gain), b
+    "ln_1": ["norm_1"],  # g (C,), b (C,)
+    "attn/c_attn": ["attention.query", "attention.key", "attention.value"],
+    "attn/c_proj": ["attention.projection"],  # w (1, C, C), b (C,)
+    "ln_2": ["norm_2"],  # g (C,), b (C,)
+    "mlp/c_fc": ["feed_forward.expand"],  # w (1, C, 4C), b (4C,)
+    "mlp/c_proj": ["feed_forward.projection"],  # w (1, 4C, C), b (C,)
+}
+
+
+def download_gpt2(size, folder, url=GPT2_URL):
+    """Fetch those of OpenAI's five files of a size that the folder lacks.
+    Goes on where an earlier call broke off. Raises OSError, with the address, for whatever the
+    network, the server or the disk does wrong."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for path in (Path(folder) / name for name in GPT2_FILES):
+        part, address = Path(f"{path}.part"), f"{url.rstrip('/')}/{size}/{path.name}"
+        if path.exists():
+            continue
+        try:
+            # The last byte is asked for again: a range beginning behind the end would be refused.
+            have = max(0, part.stat().st_size - 1) if part.exists() else 0
+            request = urllib.request.Request(address, headers={"Range": f"bytes={have}-"})
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                have = have if answer.status == 206 else 0  # else all of the file comes
+                total = have + int(answer.headers["Content-Length"])
+                with open(part, "r+b" if have else "wb") as file:
+                    file.seek(file.truncate(have))
+                    while chunk := answer.read(1 << 20):
+                        page = file.tell() == 0 and chunk.lstrip().startswith(b"<")
+                        require(not page, "a web page came, not the file")
+                        file.write(chunk)
+                        progress(f"{path} {file.tell() / 1e6:.1f} of {total / 1e6:.1f} MB", False)
+            require(part.stat().st_size == total, "the connection broke")
+            os.replace(part, path)
+        except Exception as error:  # of urllib, http.client, the disk
+            raise OSError(f"{address}: {error}; run it again to go on from there") from error
+        progress(f"{path} {total / 1e6:.1f} MB")
+
+
+def convert_gpt2(folder):
+    """OpenAI's files -> (model, tokenizer): each variable used and each parameter set, once."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # else TensorFlow talks when it starts
+    import tensorflow
+
+    hparams = json.loads((folder / "hparams.json").read_text())
+    config = GPTConfig(*(hparams[f"n_{x}"] for x in ("vocab", "ctx", "embd", "head", "layer")))
+    with torch.device("meta"):
+        model = GPT(config)
+    names = {"model/wte": ["token_embedding.weight"], "model/wpe": ["position_embedding.weight"]}
+    names |= {"model/ln_f/g": ["final_norm.weight"], "model/ln_f/b": ["final_norm.bias"]}
+    for n, (theirs, ours) in itertools.product(range(config.n_layer), GPT2_LAYERS.items()):
+        weight = f"model/h{n}/{theirs}/{'g' if theirs.startswith('ln') else 'w'}"
+        names[weight] = [f"blocks.{n}.{name}.weight" for name in ours]
+        names[f"model/h{n}/{theirs}/b"] = [f"blocks.{n}.{name}.bias" for name in ours]
+    weights = model.state_dict()
+    try:
+        reader = tensorflow.train.load_checkpoint(str(folder / "model.ckpt"))
+        shapes = reader.get_variable_to_shape_map()
+        for name in sorted(shapes.keys() ^ names.keys()):
+            raise ValueError(f"{folder}: {name} is {'missing' if name in names else 'unknown'}")
+        for theirs, ours in names.items():
+            rows, *columns = torch.cat([weights[name] for name in ours]).shape
+            shape = [1, *columns, rows] if theirs.endswith("/w") else [rows, *columns]
+            require(shapes[theirs] == shape, f"{theirs} is {shapes[theirs]}, not {shape}")
+            tensor = torch.from_numpy(reader.get_tensor(theirs))
+            tensor = tensor[0].T if theirs.endswith("/w") else tensor
+            weights |= zip(ours, map(torch.Tensor.contiguous, tensor.chunk(len(ours))), strict=True)
+    except tensorflow.errors.OpError as error:
+        raise ValueError(f"{folder} is damaged ({error}); delete it and run again") from error
+    model.load_state_dict(weights, assign=True)
+    return model, read_gpt2_tokenizer(folder)
+
+
+def load_gpt2(folder, **changes):
+    """The (model, tokenizer) in a folder with OpenAI's five files; needs no network.
+    The first call converts them to model.pt beside them; from then on that is read, without
+    TensorFlow. `changes` replace fields of the GPTConfig. Raises ValueError, with the variable's
+    name, where one is missing, unknown, or of another shape than hparams.json asks for."""
+    converted = Path(folder) / "model.pt"
+    if not converted.exists():
+        save_checkpoint(converted, *convert_gpt2(Path(folder)))
+    return load_checkpoint(converted, **changes)[:2]
+
+
+def fetch_gpt2(options, **changes):
+    """load_gpt2 of the size that the options name, downloaded if it isn't there yet."""
+    folder = Path(options.gpt2_folder) / options.gpt2
+    if not (folder / "model.pt").exists():
+        download_gpt2(options.gpt2, folder, options.gpt2_url or GPT2_URL)
+    return load_gpt2(folder, **changes)
+
+
+# ==================================================================================================
+# 8 Command line
+
+
+def encode(tokenizer, text, device):
+    """text -> its tokens (1, T); an empty one is <|endoftext|>, behind which texts begin."""
+    tokens = tokenizer.encode(text, allowed_special="all") or [tokenizer.eot_token]
+    return torch.tensor([tokens], device=device)
+
+
+def sample(**given):
+    """Print continuations of a prompt; options not given have SampleOptions' defaults."""
+    options = SampleOptions(**given)
+    two = options.gpt2 and "checkpoint" in given
+    require(not two, "--gpt2 and --checkpoint name two models; leave one of them out")
+    device, dtype = pick_device(options.device, options.dtype)
+    found = fetch_gpt2(options) if options.gpt2 else load_checkpoint(options.checkpoint)
+    model, tokenizer = found[:2]
+    model.to(device, dtype).eval()
+    if options.compile:
+        model.compile(dynamic=True)
+    text = sys.stdin.read() if options.prompt == "-" else options.prompt
+    eos = None if options.ignore_eos else tokenizer.eot_token
+    dials = (options.temperature, options.top_k, options.top_p, eos, options.seed)
+    dials += (not options.no_cache, options.samples)
+    texts, total, started = [text.encode()] * options.samples, 0, time.perf_counter()
+    utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # holds back half a character
+    streaming = options.samples == 1
+    print(text * streaming, end="", flush=True)
+    for tokens in generate(model, encode(tokenizer, text, device), options.tokens, *dials):
+        for row, token in enumerate(tokens.tolist()):
+            if token != eos:  # an ended row goes on with eos
+                piece, total = tokenizer.decode_single_token_bytes(token), total + 1
+                texts[row] += piece
+                print(utf8.decode(piece) * streaming, end="", flush=True)
+    seconds = time.perf_counter() - started
+    print(utf8.decode(b"", final=True), end="\n" * streaming)
+    for n, continued in enumerate(texts if not streaming else [], start=1):
+        print(f"--- sample {n} ---\n{continued.decode(errors='replace')}\n")
+    progress(f"{total} tokens in {seconds:.2f} s: {total / seconds:.1f} tokens per second")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse that answers a mistake with one line."""
+
+    def error(self, message):
+        progress("", keep=False)
+        print("\rgpt.py: error:", *str(message).split(), file=sys.stderr)
+        raise SystemExit(2)
+
+
+def main(argv=None):
+    """Run the command line; SystemExit(2) for a user's mistake."""
+    parser = Parser(prog="gpt.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    commands = parser.add_subparsers(required=True)
+    for run, options in ((train, TrainOptions), (sample, SampleOptions)):
+        summary = run.__doc__.splitlines()[0]
+        command = commands.add_parser(run.__name__, help=summary, allow_abbrev=False)
+        command.set_defaults(run=run)
+        for name, default, keywords, text in options.table():
+            text += f" [{default}]" if default else ""
+            option = "--" + name.replace("_", "-")
+            command.add_argument(option, default=argparse.SUPPRESS, help=text, **keywords)
+    given = vars(parser.parse_args(argv))
+    try:
+        given.pop("run")(**given)
+    except BrokenPipeError:  # whoever read our output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except UnicodeDecodeError as error:
+        parser.error(f"the text is not UTF-8: {error}")
+    except (ValueError, OSError) as error:
+        parser.error(error)
+
+
+if __name__ == "__main__":
+    main()
