@@ -1,19 +1,15 @@
 """GPT-2 in one file: train it, sample from it, load OpenAI's weights. Read it from the top.
-
     python gpt.py train                              a GPT learns a short story, on a laptop
     python gpt.py sample --prompt "I HAD always"     it goes on with a text
     python gpt.py sample --gpt2 124M                 so does OpenAI's GPT-2 (a 500 MB download)
     python gpt.py train --gpt2 124M --data my.txt    GPT-2 goes on learning, from your text
-
 A GPT reads a row of tokens (words, parts of words, single bytes) and gives, for each place in the
 row, the probability of every token of its vocabulary to come next. Training moves its parameters
 until the tokens that do come next are probable; sampling draws one, appends it and asks again.
-
     1 Config     the numbers that define a GPT, the options         5 Training       the loop
     2 Layers     LayerNorm, GELU, attention, feed-forward, block    6 Decoding       drawing text
     3 Model      embeddings, blocks, head; KV cache; loss           7 GPT-2 weights  OpenAI's files
     4 Dataset    text to tokens to pairs of input and target        8 Command line
-
 "GPT-2" is Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; src/... are
 files of github.com/openai/gpt-2. Letters of shapes: B batch, rows side by side; T time, the tokens
 of a row in one call; S tokens seen, those T and a cache's; C channels, the n_embd numbers that
@@ -23,13 +19,13 @@ stand for a token; H heads, and D = C / H, the channels of one; V vocabulary, th
 import argparse
 import codecs
 import contextlib
+import ctypes
 import functools
 import itertools
 import json
 import math
 import os
 import re
-import shutil
 import signal
 import sys
 import time
@@ -46,13 +42,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+
 # ==================================================================================================
 # 1 Config
 # Seven fields fix the architecture, and with it the number and shape of all parameters. `fused`
 # changes neither these nor the results: section 2 has each arithmetic twice, as lines that spell it
 # out, and as the one PyTorch kernel that computes the same faster.
-
-
 def require(ok, message):
     """Raise ValueError unless ok: for what a user can mend."""
     if not ok:
@@ -75,8 +70,8 @@ class GPTConfig:
     def __post_init__(self):
         sizes = (self.vocab_size, self.context_length, self.n_embd, self.n_head, self.n_layer)
         require(min(sizes) >= 1, f"every size must be at least 1: {self}")
-        shared = self.n_embd % self.n_head == 0  # the heads share the channels evenly
-        require(shared, f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}")
+        heads = f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}, to share evenly"
+        require(self.n_embd % self.n_head == 0, heads)
         require(0 <= self.dropout < 1, f"dropout {self.dropout} must be at least 0 and below 1")
 
 
@@ -94,91 +89,86 @@ GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 
 
 class Options(argparse.Namespace):
-    """The options in a subclass's docstring, which is a table, at their defaults or as given.
-    A line is: name, default (- is None), values (text, a switch, a choice of a|b, or the type and
-    bounds of a number), explanation. Section 8 builds the command line from the same tables."""
+    """The options of a command: what is given, else the defaults in the tables of the docstrings.
+    A line of a table: name, default (- is None), values (a choice, a range of whole numbers such as
+    1.. or of others such as 0.0..1, text or a switch), explanation. Those of both commands:
+
+    gpt2         -       124M|355M|774M|1558M   use OpenAI's weights
+    gpt2_folder  gpt2    text                   where its files are kept, in a folder for each size
+    gpt2_url     -       text                   where they come from [OpenAI]
+    seed         1       0..                    of all that is random
+    device       auto    auto|cpu|cuda|mps      where to compute
+    dtype        auto    auto|float32|bfloat16|float16  to compute in [GPU: a 16-bit one]
+    compile      -       switch                 let torch.compile fuse the arithmetic; starts slowly
+    """
 
     def __init__(self, **given):
         super().__init__(**{name: default for name, default, _, _ in self.table()} | given)
 
     @classmethod
     def table(cls):
-        """Each option's name, default, keywords for argparse's add_argument, and explanation."""
-        for line in cls.__doc__.split("\n\n")[1].strip().splitlines():
-            name, default, values, text = re.split(r"  +", line.strip(), maxsplit=3)
-            keywords, parse = {}, str
-            if values == "switch":
-                keywords, parse = {"action": "store_true"}, lambda _: False
-            elif "|" in values:
-                keywords = {"choices": values.split("|")}
-            elif values != "text":
-                keywords["type"] = parse = functools.partial(cls.number, *values.split())
-            yield name, None if default == "-" else parse(default), keywords, text
+        """Name, default, keywords for argparse's add_argument, explanation, of each option."""
+        for line in f"{cls.__doc__}{Options.__doc__}".splitlines():
+            if len(row := re.split(r"  +", line.strip(), maxsplit=3)) == 4:
+                name, default, values, text = row
+                parse = functools.partial(cls.number, values) if ".." in values else str
+                keywords = {"choices": values.split("|")} if "|" in values else {"type": parse}
+                keywords = {"action": "store_true"} if values == "switch" else keywords
+                yield name, None if default == "-" else parse(default), keywords, text
 
     @staticmethod
-    def number(kind, low, high, text):
-        value = {"int": int, "float": float}[kind](text)
-        if not float(low) <= value <= float(high):  # as is NaN
-            raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
+    def number(values, text):
+        low, high = values.split("..")
+        value = math.nan
+        with contextlib.suppress(ValueError):
+            value = int(text) if low.isdigit() else float(text)
+        if not float(low) <= value <= float(high or 1e12):  # so for NaN
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number in the range {values}")
         return value
 
 
 class TrainOptions(Options):
-    """How to train.
+    """Those of `train` alone; in brackets what None means:
 
-    data           the-verdict.txt  text  UTF-8 text, or .bin: raw uint16 tokens of GPT-2's vocabulary
-    val_fraction   0.1    float 0 0.99    the end of the data, kept for validation
-    tokenizer      -      text            gpt2, or N: learn N tokens from the data (gpt2, else 1024)
-    size           small  small|124M|355M|774M|1558M  the shape of a new model
-    gpt2           -      124M|355M|774M|1558M  start from OpenAI's weights instead
-    gpt2_folder    gpt2   text            where OpenAI's files are kept, in a folder for each size
-    gpt2_url       -      text            where they come from (OpenAI)
-    context        -      int 1 1e9       tokens in a window (the size's)
-    n_layer        -      int 1 1e9       blocks (the size's)
-    n_head         -      int 1 1e9       attention heads (the size's)
-    n_embd         -      int 1 1e9       channels (the size's)
-    dropout        0      float 0 0.99    share of activations zeroed while training
-    from_scratch   -      switch          run the hand-written arithmetic, not PyTorch's kernels
-    steps          200    int 1 1e9       optimizer steps, in all
-    batch_size     8      int 1 1e9       windows that each process reads at once
-    accumulate     1      int 1 1e9       such batches to one optimizer step
-    stride         -      int 1 1e9       tokens from one window to the next (a quarter of the context)
-    learning_rate  1e-3   float 0 1e9     the highest, at the end of the warm-up
-    warmup         20     int 0 1e9       steps in which the learning rate rises
-    weight_decay   0.1    float 0 10      pull of matrices and embeddings towards 0
-    clip           1      float 1e-9 1e9  longest gradient let through, as a norm
-    eval_every     20     int 1 1e9       steps between measurements of the validation loss
-    save_every     100    int 1 1e9       steps between checkpoints
-    sample_every   100    int 1 1e9       steps between samples of text
-    prompt         I HAD always  text     what these samples go on from
-    seed           1      int 0 1e9       of all that is random
-    device         auto   auto|cpu|cuda|mps  where to compute
-    dtype          auto   auto|float32|bfloat16|float16  of matrix products (half size on a GPU)
-    compile        -      switch          let torch.compile fuse the arithmetic; starts slowly
-    out            out    text            folder for checkpoint.pt, best.pt and log.csv
-    resume         -      switch          go on from the checkpoint in that folder
+    data           the-verdict.txt  text  UTF-8, or .bin: raw uint16 tokens of GPT-2's vocabulary
+    val_fraction   0.1     0.0..0.99    the end of the data, kept for validation
+    tokenizer      -       text         gpt2, or N: learn N tokens from the data [gpt2, else 1024]
+    size           small   small|124M|355M|774M|1558M  the shape of a new model
+    context        -       1..          tokens in a window [the size's]
+    n_layer        -       1..          blocks [the size's]
+    n_head         -       1..          attention heads [the size's]
+    n_embd         -       1..          channels [the size's]
+    dropout        0       0.0..0.99    share of activations zeroed while training
+    from_scratch   -       switch       run the hand-written arithmetic, not PyTorch's kernels
+    steps          200     1..          optimizer steps, in all
+    batch_size     8       1..          windows that each process reads at once
+    accumulate     1       1..          such batches to one optimizer step
+    stride         -       1..          tokens from one window to the next [a quarter of the context]
+    learning_rate  1e-3    0.0..1e9     the highest, at the end of the warm-up
+    warmup         20      0..          steps in which the learning rate rises
+    weight_decay   0.1     0.0..10      pull of matrices and embeddings towards 0
+    clip           1       1e-9..       longest gradient let through, as a norm
+    eval_every     20      1..          steps between measurements of the validation loss
+    save_every     100     1..          steps between checkpoints
+    sample_every   100     1..          steps between samples of text
+    prompt         I HAD always  text   what these samples go on from
+    out            out     text         folder for checkpoint.pt, best.pt and log.csv
+    resume         -       switch       go on from the checkpoint in that folder
     """
 
 
 class SampleOptions(Options):
-    """How to sample.
+    """Those of `sample` alone:
 
-    gpt2         -     124M|355M|774M|1558M  sample from OpenAI's weights (a checkpoint)
-    checkpoint   out/checkpoint.pt  text  sample from a model that was trained here
-    gpt2_folder  gpt2  text            where OpenAI's files are kept, in a folder for each size
-    gpt2_url     -     text            where they come from (OpenAI)
+    checkpoint   out/checkpoint.pt  text  a model that was trained here
     prompt       I HAD always thought  text  the text to continue; - reads standard input
-    tokens       100   int 1 1e9       the most tokens to add
-    temperature  0.8   float 0 1e6     0 greedy, below 1 bolder, above 1 more varied
-    top_k        50    int 1 1e9       draw among the k most probable tokens
-    top_p        1     float 1e-9 1    draw among the likeliest, p of the probability
-    samples      1     int 1 1e9       how many continuations
-    ignore_eos   -     switch          go on behind <|endoftext|>
-    no_cache     -     switch          read the whole text again for each token (slow, to compare)
-    seed         1     int 0 1e9       of all that is random
-    device       auto  auto|cpu|cuda|mps  where to compute
-    dtype        auto  auto|float32|bfloat16|float16  of the weights (half size on a GPU)
-    compile      -     switch          let torch.compile fuse the arithmetic; starts slowly
+    tokens       100     1..        the most tokens to add
+    temperature  0.8     0.0..1e6   0 greedy, below 1 bolder, above 1 more varied
+    top_k        50      1..        draw among the k most probable tokens
+    top_p        1       1e-9..1    draw among the likeliest, p of the probability
+    samples      1       1..        how many continuations
+    ignore_eos   -       switch     go on behind <|endoftext|>
+    no_cache     -       switch     read the whole text again for each token (slow, to compare)
     """
 
 
@@ -188,8 +178,6 @@ class SampleOptions(Options):
 # block adds to the stream twice: attention moves information from row to row, the feed-forward
 # network works on each row by itself. B texts of T tokens travel together, as x (B, T, C).
 # nn.Linear(m, n) holds W (n, m) and b (n,), and maps x (..., m) to x Wᵀ + b (..., n).
-
-
 class LayerNorm(nn.Module):
     """Each row brought to mean 0 and variance 1, then scaled and shifted by learned numbers.
         y = (x - mean) / sqrt(variance + eps) * weight + bias         over the C numbers of a row
@@ -260,10 +248,11 @@ class CausalSelfAttention(nn.Module):
             for buffer, new in zip(past, (k, v), strict=True):
                 buffer[:, :, start : start + T] = new
             k, v = (buffer[:, :, : start + T] for buffer in past)  # (B, H, S, D)
-        # Query i stands at start + i and sees keys 0 to start + i. A single query sees all of them.
         mask, dropout = None, self.dropout if self.training else 0.0
-        if T > 1 and (start > 0 or not self.fused):  # (T, S), true where a key may be seen
-            mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
+        if T > 1 and (
+            start > 0 or not self.fused
+        ):  # query i, the token start + i, sees keys to there
+            mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)  # (T, S)
         if self.fused:  # makes the mask itself in the plain case, start 0
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, T > 1 and mask is None)
         else:
@@ -277,8 +266,7 @@ class CausalSelfAttention(nn.Module):
 
 class FeedForward(nn.Module):
     """What a token makes of what it has gathered: gelu(x W₁ᵀ + b₁) W₂ᵀ + b₂, four times wider inside.
-    Two thirds of a block's parameters are here. (B, T, C) -> (B, T, C). Source: src/model.py, mlp().
-    """
+    Two thirds of a block's parameters are here. (B, T, C) -> (B, T, C). Source: src/model.py, mlp()."""
 
     def __init__(self, config):
         super().__init__()
@@ -296,8 +284,7 @@ class TransformerBlock(nn.Module):
     """x = x + attention(norm_1(x)), then x = x + feed_forward(norm_2(x)): (B, T, C) -> (B, T, C).
     The norms stand before the layers, off the stream (pre-LayerNorm; the transformer of 2017 had
     them on it). So from the embeddings to the top the stream is a plain sum, through which the
-    gradient reaches every layer undiminished: deep stacks train easily. Source: GPT-2, section 2.3.
-    """
+    gradient reaches every layer undiminished: deep stacks train easily. Source: GPT-2, section 2.3."""
 
     def __init__(self, config):
         super().__init__()
@@ -316,28 +303,24 @@ class TransformerBlock(nn.Module):
 #     x = token_embedding[tokens] + position_embedding[0, 1, ..., T - 1]
 #     x = block(x), n_layer times
 #     logits = final_norm(x) token_embeddingᵀ
-#
 # Attention by itself is blind to order, so each place in the window has a learned vector as well.
 # The head, which turns a row into V scores, is the token embedding once more ("tied"): what is near
 # a token's vector predicts that token. This saves V * C parameters, 38.6 of 163 million in 124M.
 #
 # Thanks to the mask, a token's keys and values never depend on later tokens. When a text grows they
 # stay what they were, so they are computed once and kept. Of "always" below, one row goes through
-# the blocks, not three. That takes 2 * n_layer * C numbers a token: 72 KiB in 124M with float32,
+# the blocks, not three. The price is 2 * n_layer * C numbers a token: 72 KiB in 124M with float32,
 # 72 MiB for a full window.
-#
 #     read "I HAD"      [ I | HAD |        |     ]   cache.length 2
 #     read "always"     [ I | HAD | always |     ]   cache.length 3
-
-
 class KVCache:
-    """Keys and values of the tokens read so far, in buffers that are made once, for `length`."""
+    """The keys and values of the tokens read so far, in buffers made once, for `length` tokens."""
 
     def __init__(self, config, batch_size, length=None, device=None, dtype=None):
         length, D = length or config.context_length, config.n_embd // config.n_head
-        shape = (batch_size, config.n_head, length, D)  # a buffer of keys and one of values a layer
+        shape = (batch_size, config.n_head, length, D)
         new = functools.partial(torch.empty, shape, device=device, dtype=dtype)
-        self.layers = [[new(), new()] for _ in range(config.n_layer)]
+        self.layers = [[new(), new()] for _ in range(config.n_layer)]  # keys and values of each
         self.length = 0  # tokens held
 
 
@@ -346,10 +329,10 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, C = config, config.n_embd
+        self.config = config
         table = functools.partial(nn.Embedding.from_pretrained, freeze=False)  # draws no numbers
-        self.token_embedding = table(torch.empty(config.vocab_size, C))
-        self.position_embedding = table(torch.empty(config.context_length, C))
+        self.token_embedding = table(torch.empty(config.vocab_size, config.n_embd))
+        self.position_embedding = table(torch.empty(config.context_length, config.n_embd))
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layer))
         self.final_norm = LayerNorm(config)
         if not self.token_embedding.weight.is_meta:  # a model without memory is about to be loaded
@@ -400,7 +383,6 @@ def cross_entropy(logits, targets):
 # longer tokens by merging the most frequent pair of neighbours again and again (byte-pair encoding;
 # Sennrich et al. 2016, GPT-2 section 2.2). Before that, a pattern cuts the text into words, each
 # with the space before it, and no token reaches across the cut. The encoding is done by tiktoken.
-
 END_OF_TEXT = "<|endoftext|>"  # the token between two documents; text doesn't merge into it
 # Contractions, letters, digits, other signs, white space. Source: src/encoder.py, Encoder.pat.
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -413,17 +395,16 @@ def make_tokenizer(name, ranks, end_of_text):
 
 
 def read_gpt2_tokenizer(folder):
-    """The tokenizer in OpenAI's encoder.json, whose numbers are the ranks.
-    In its keys a byte that can't be printed is written as chr(256), chr(257), ...: src/encoder.py,
-    bytes_to_unicode(). vocab.bpe has the merges in the order learned, which must give these ranks.
-    """
-    ranks = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
-    merges = (folder / "vocab.bpe").read_text(encoding="utf-8").split("\n")[1:-1]  # a version first
+    """The tokenizer in OpenAI's encoder.json, whose numbers are the ranks. Its keys write a byte that
+    can't be printed as chr(256), chr(257), ... (src/encoder.py, bytes_to_unicode()). The merges in
+    vocab.bpe, in the order learned, must give the same ranks."""
+    ranks = json.loads((folder / "encoder.json").read_text("utf-8"))
+    merges = (folder / "vocab.bpe").read_text("utf-8").split("\n")[1:-1]  # behind a version
     fit = all(ranks.get(merge.replace(" ", "")) == 256 + n for n, merge in enumerate(merges))
     require(fit, f"{folder}: vocab.bpe and encoder.json don't fit; delete both and run again")
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [b for b in range(256) if b not in printable]
-    byte = {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(hidden)}
+    byte = {chr(b): b for b in printable}
+    byte |= {chr(256 + n): b for n, b in enumerate(sorted({*range(256)} - {*printable}))}
     end_of_text = ranks.pop(END_OF_TEXT)
     ranks = {bytes(byte[c] for c in token): rank for token, rank in ranks.items()}
     return make_tokenizer("gpt2", ranks, end_of_text)
@@ -453,8 +434,7 @@ def load_tokenizer(name=None, folder="gpt2", text=None):
 def train_bpe(text, vocab_size):
     """Learn tokens from text -> {bytes: rank}, the 256 bytes first, then the learned, in order.
     Merges the most frequent pair of neighbours (of equals, the first met) until there are
-    vocab_size tokens or no pairs. ValueError below 256. Source: Sennrich et al. 2016, algorithm 1.
-    """
+    vocab_size tokens or no pairs. ValueError below 256. Source: Sennrich et al. 2016, algorithm 1."""
     require(vocab_size >= 256, f"a vocabulary of {vocab_size} tokens can't hold the 256 bytes")
     tokens = [bytes([b]) for b in range(256)]
     # WORDS for the standard library, which has no \p: a letter is a \w that is no digit and no _.
@@ -476,20 +456,15 @@ def train_bpe(text, vocab_size):
 
 
 # The targets are the input shifted by one token, so that every place has its next token as answer:
-#
 #     tokens      I  HAD  always  thought  Jack  Gis  burn       context 4, stride 2
 #     window 0    I  HAD  always  thought                        its target: HAD always thought Jack
 #     window 1            always  thought  Jack  Gis             its target: thought Jack Gis burn
-#
 # With a stride below the context a token is met at several positions, behind texts of several
 # lengths. A short text wants that: what was met at one position only isn't recognised at others.
-
-
 class SlidingWindows(Dataset):
     """Windows over tokens: item i is (input, target), int64 (context_length,) each.
     Window i begins at token i * stride; there are as many as fit, targets included. An item reads
-    its own tokens only, so `tokens` can be a memory map. ValueError for tokens from vocab_size on.
-    """
+    its own tokens only, so `tokens` can be a memory map. ValueError for tokens from vocab_size on."""
 
     def __init__(self, tokens, context_length, stride, vocab_size=math.inf):
         self.tokens, self.context_length, self.stride = tokens, context_length, stride
@@ -501,8 +476,8 @@ class SlidingWindows(Dataset):
     def __getitem__(self, i):
         at = range(len(self))[i] * self.stride  # IndexError behind the last
         window = np.asarray(self.tokens[at : at + self.context_length + 1]).astype(np.int64)
-        fits = window.max() < self.vocab_size
-        require(fits, f"token {window.max()} in the data, the vocabulary has {self.vocab_size}")
+        known = window.max() < self.vocab_size
+        require(known, f"token {window.max()} in the data, the vocabulary has {self.vocab_size}")
         return torch.from_numpy(window[:-1]), torch.from_numpy(window[1:])
 
 
@@ -516,7 +491,6 @@ class SlidingWindows(Dataset):
 #
 # Everything random is a function of (seed, step) or (seed, epoch). So nothing of it needs saving,
 # and a run that stops and goes on draws what it would have drawn.
-
 FORMAT = 1  # of checkpoints
 
 
@@ -524,7 +498,8 @@ def save_checkpoint(path, model, tokenizer, training_state=None):
     """Write all that is needed to go on to one file; a kill leaves the previous one or this one.
     Raises OSError where the disk is full or can't be written to."""
     content = {"format": FORMAT, "config": asdict(model.config), "weights": model.state_dict()}
-    content["tokenizer"] = (tokenizer.name, tokenizer._mergeable_ranks, tokenizer.eot_token)
+    tokens = " ".join(token.hex() for token in tokenizer._mergeable_ranks)  # as text it loads fast
+    content["tokenizer"] = (tokenizer.name, tokens, tokenizer.eot_token)
     try:
         with open(f"{path}.tmp", "wb") as file:
             torch.save(content | {"training_state": training_state}, file)
@@ -539,8 +514,7 @@ def save_checkpoint(path, model, tokenizer, training_state=None):
 def load_checkpoint(path, **changes):
     """The (model, tokenizer, training_state or None) that save_checkpoint wrote; model.eval().
     The file is mapped: weights are read from the disk when first used. `changes` replace fields of
-    its GPTConfig. Raises ValueError for a file that is damaged or not of this program and format.
-    """
+    its GPTConfig. Raises ValueError for a file that is damaged or not of this program and format."""
     require(os.path.isfile(path), f"there is no file {path}; train first, or name another")
     try:
         with zipfile.ZipFile(path) as archive:  # it has checksums, which torch.load doesn't look at
@@ -550,7 +524,9 @@ def load_checkpoint(path, **changes):
         with torch.device("meta"):  # shapes without memory: the file's tensors take their places
             model = GPT(GPTConfig(**content["config"] | changes)).eval()
         model.load_state_dict(content["weights"], assign=True)
-        return model, make_tokenizer(*content["tokenizer"]), content["training_state"]
+        name, tokens, end_of_text = content["tokenizer"]
+        ranks = {bytes.fromhex(token): rank for rank, token in enumerate(tokens.split())}
+        return model, make_tokenizer(name, ranks, end_of_text), content["training_state"]
     except Exception as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"{path} is damaged or not a checkpoint of gpt.py ({reason})") from error
@@ -586,13 +562,13 @@ def evaluate(model, batches, device):
     model.eval()
     losses = [(cross_entropy(model(x.to(device)), y.to(device)).item(), len(x)) for x, y in batches]
     model.train()
-    return sum(loss * windows for loss, windows in losses) / sum(windows for _, windows in losses)
+    return sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
 
 
 def progress(text, keep=True):
     """Show a line on standard error; one that isn't kept is overwritten, or left out of a file."""
     if sys.stderr.isatty():
-        width = shutil.get_terminal_size().columns - 1
+        width = os.get_terminal_size(2).columns - 1
         print("\r" + text[:width].ljust(width), end="\n" * keep, file=sys.stderr, flush=True)
     elif keep:
         print(text, file=sys.stderr, flush=True)
@@ -611,7 +587,7 @@ def summarise(out):
     progress(f"try: python gpt.py sample --checkpoint {out}/checkpoint.pt --temperature 0")
 
 
-def pick_device(name, dtype):
+def prepare(name, dtype):
     """The torch.device and torch.dtype of these names; auto is the best that is there."""
     here = ["cpu"] + ["mps"] * torch.backends.mps.is_available()
     here += ["cuda"] * torch.cuda.is_available()
@@ -619,7 +595,24 @@ def pick_device(name, dtype):
     device = torch.device(here[-1] if name == "auto" else name)
     if dtype == "auto" and device.type == "cuda":  # GPUs from before 2020 have float16 only
         dtype = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    if device.type == "cpu":
+        tune_processor()
     return device, getattr(torch, "float32" if dtype == "auto" else dtype)
+
+
+def tune_processor():
+    """Two settings that together halve the time of a training step on a processor.
+    glibc gives large buffers back to the system and has them zeroed page by page when they are next
+    asked for, a third of a step; mallopt() makes it keep them. And PyTorch leaves float32 products
+    to MKL, on AMD half as fast as oneDNN, which gets them where bfloat16 is allowed. Few processors
+    (Intel's with AMX) then do round, so that x times 1 isn't x; there it is forbidden again."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        for option, size in ((-3, 1 << 30), (-1, (1 << 31) - 1)):  # M_MMAP_, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, size)
+    products, x = torch.backends.mkldnn.matmul, torch.rand(512, 512)
+    before, products.fp32_precision = products.fp32_precision, "bf16"
+    if not torch.equal(x @ torch.eye(512), x):
+        products.fp32_precision = before
 
 
 def new_model(options, given):
@@ -629,7 +622,8 @@ def new_model(options, given):
     if options.gpt2:
         clash = ", ".join(given.keys() & {"size", "tokenizer", *shape})
         require(not clash, f"--gpt2 brings its own {clash}; leave out one of the two")
-        return fetch_gpt2(options, **changes)
+        folder = Path(options.gpt2_folder, options.gpt2)
+        return load_gpt2(download_gpt2(options.gpt2, folder, options.gpt2_url), **changes)
     text = None if options.data.endswith(".bin") else Path(options.data).read_text("utf-8")
     tokenizer = load_tokenizer(options.tokenizer, options.gpt2_folder, text)
     config = replace(SIZES[options.size], vocab_size=tokenizer.n_vocab, **shape, **changes)
@@ -637,15 +631,12 @@ def new_model(options, given):
     return GPT(replace(config, context_length=options.context or config.context_length)), tokenizer
 
 
-MAY_CHANGE = {"out", "resume", "steps", "batch_size", "accumulate", "device", "dtype", "compile"}
-MAY_CHANGE |= {"eval_every", "save_every", "sample_every"}
-
-
 def resumed_options(given, state, world):
     """The options of the run that saved this state, with those changed that may change."""
     require(state, "best.pt and converted weights can't be resumed, checkpoint.pt can")
     options, batch, done = state["options"] | given, state["batch"], state["step"]
-    fixed = [n for n in given.keys() - MAY_CHANGE if given[n] != state["options"][n]]
+    free = "out resume steps batch_size accumulate eval_every save_every sample_every device dtype compile"
+    fixed = [n for n in given.keys() - {*free.split()} if given[n] != state["options"][n]]
     require(not fixed, f"a resumed run keeps its {', '.join(fixed)}; leave out, or start anew")
     if "accumulate" not in given:  # follows from the number of processes
         options["accumulate"] = max(1, batch // (options["batch_size"] * world))
@@ -684,7 +675,7 @@ def train(**given):
     if options.resume:
         model, tokenizer, state = load_checkpoint(out / "checkpoint.pt")
         options = resumed_options(given, state, world)
-    device, dtype = pick_device(options.device, options.dtype)
+    device, dtype = prepare(options.device, options.dtype)
     if not options.resume:
         model, tokenizer = new_model(options, given)
 
@@ -702,6 +693,7 @@ def train(**given):
     short = max(1, min(context, len(tokens) - cut - 1))  # a short part, a shorter window
     val_windows = SlidingWindows(tokens[cut:], short, short, V)
     spread = range(0, len(val_windows), 1 + len(val_windows) // 64)  # of many, up to 64 will do
+    val_batches = DataLoader(Subset(val_windows, spread), options.batch_size)
 
     # The machine. torchrun starts several processes and numbers them; each has its own device.
     if world > 1:
@@ -753,21 +745,21 @@ def train(**given):
             if world > 1:
                 torch.distributed.all_reduce(shared)
             loss, stop = shared.tolist()
+            speed = batch * context / (time.perf_counter() - started)
             require(math.isfinite(loss), f"step {done}: the loss is {loss}; lower --learning-rate")
-            speed, measured = batch * context / (time.perf_counter() - started), ""
             if rank == 0:
-                if spread and (done % options.eval_every == 0 or last):
-                    chosen = DataLoader(Subset(val_windows, spread), options.batch_size)
-                    measured = f"{(val_loss := evaluate(model, chosen, device)):.9g}"
-                    if val_loss < state["best_val_loss"]:
-                        state["best_val_loss"] = val_loss
-                        save_checkpoint(out / "best.pt", model, tokenizer)
+                due = spread and (done % options.eval_every == 0 or last)
+                val_loss = evaluate(model, val_batches, device) if due else math.nan
+                if val_loss < state["best_val_loss"]:
+                    state["best_val_loss"] = val_loss
+                    save_checkpoint(out / "best.pt", model, tokenizer)
+                measured = f"{val_loss:.9g}" if due else ""
                 log.write(f"{done},{loss:.9g},{measured},{rate:.9g},{speed:.0f}\n")
                 log.flush()
                 left = (time.perf_counter() - begun) / (done - first) * (options.steps - done)
                 line = f"step {done}/{options.steps}  loss {loss:.3f}  val {measured[:5]:5}"
                 line += f"  {speed:,.0f} tokens/s  {left // 60:.0f}:{left % 60:02.0f} left"
-                progress(line, keep=bool(measured) or last)
+                progress(line, keep=bool(due) or last)
                 if done % options.save_every == 0 or last or stop:
                     state |= {"step": done, "scaler": scaler.state_dict()}
                     state["optimizer"] = optimizer.state_dict()
@@ -788,14 +780,15 @@ def train(**given):
 
 # ==================================================================================================
 # 6 Decoding
-# The model gives logits for the next token; three dials shape what is drawn from them:
-#
-#     temperature   divides the logits: below 1 the probable becomes more so, 0 takes the best
-#     top-k         leaves the k most probable tokens (Fan et al. 2018, section 5)
-#     top-p         leaves the fewest most probable ones that together have probability p
-#                   (Holtzman et al. 2020, section 3.1)
-#
-# Temperature comes first because it changes how many tokens it takes to reach p.
+# The model gives logits for the next token; three dials shape what is drawn from them. Temperature
+# divides the logits: below 1 the probable becomes more so, 0 takes the best. Top-k leaves the k most
+# probable tokens (Fan et al. 2018, section 5), top-p the fewest most probable ones that together have
+# probability p (Holtzman et al. 2020, section 3.1). Temperature comes first because it changes how
+# many tokens it takes to reach p.
+def encode(tokenizer, text, device):
+    """text -> its tokens (1, T); an empty one is <|endoftext|>, behind which texts begin."""
+    tokens = tokenizer.encode(text, allowed_special="all") or [tokenizer.eot_token]
+    return torch.tensor([tokens], device=device)
 
 
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
@@ -819,8 +812,6 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
 # context_length / 2 tokens, so that a token costs the same however long the text gets:
 #
 #     [ a b c d e f g h ] is full and i comes   ->   [ f g h i . . . . ]
-
-
 def generate(
     model,
     prompt,  # int64 (B, T); of a prompt longer than the window the newest part is read
@@ -835,13 +826,17 @@ def generate(
 ):
     """Yield the next token of each row, int64 (B * samples,), again and again, until all ended.
     Raises ValueError for logits that aren't finite."""
-    context, device = model.config.context_length, prompt.device
+    context, device, dtype = (
+        model.config.context_length,
+        prompt.device,
+        model.final_norm.weight.dtype,
+    )
     generator = torch.Generator(device)
     generator.seed() if seed is None else generator.manual_seed(seed)
     window = unread = prompt[:, -context:]
-    length, dtype = min(context, window.shape[1] + max_new_tokens), next(model.parameters()).dtype
+    length = min(context, window.shape[1] + max_new_tokens)
     cache = KVCache(model.config, len(prompt), length, device, dtype) if use_cache else None
-    ended = torch.zeros(len(prompt) * samples, dtype=torch.bool, device=device)
+    ended = torch.zeros(samples * len(prompt), dtype=torch.bool, device=device)
     for n in range(max_new_tokens):
         with torch.inference_mode():
             if window.shape[1] > context:
@@ -872,7 +867,6 @@ def generate(
 # (out, in), src/model.py computes x w with w (1, in, out), a convolution of width 1 (conv1d()): so
 # each w loses its first dimension and is transposed. c_attn holds query, key and value side by
 # side, w (1, C, 3C) = [ Wq | Wk | Wv ] and b (3C,), and is cut into the three.
-
 GPT2_FILES = ["hparams.json", "encoder.json", "vocab.bpe", "model.ckpt.index"]
 GPT2_FILES += ["model.ckpt.data-00000-of-00001"]
 GPT2_LAYERS = {  # a layer in OpenAI's block h0, h1, ...: those in ours; variables w or g (gain), b
@@ -885,14 +879,14 @@ GPT2_LAYERS = {  # a layer in OpenAI's block h0, h1, ...: those in ours; variabl
 }
 
 
-def download_gpt2(size, folder, url=GPT2_URL):
-    """Fetch those of OpenAI's five files of a size that the folder lacks.
+def download_gpt2(size, folder, url=None):
+    """Fetch those of OpenAI's five files of a size that the folder lacks, and return the folder.
     Goes on where an earlier call broke off. Raises OSError, with the address, for whatever the
     network, the server or the disk does wrong."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     for path in (Path(folder) / name for name in GPT2_FILES):
-        part, address = Path(f"{path}.part"), f"{url.rstrip('/')}/{size}/{path.name}"
-        if path.exists():
+        part, address = Path(f"{path}.part"), f"{url or GPT2_URL}/{size}/{path.name}"
+        if path.exists() or path.with_name("model.pt").exists():
             continue
         try:
             # The last byte is asked for again: a range beginning behind the end would be refused.
@@ -913,13 +907,17 @@ def download_gpt2(size, folder, url=GPT2_URL):
         except Exception as error:  # of urllib, http.client, the disk
             raise OSError(f"{address}: {error}; run it again to go on from there") from error
         progress(f"{path} {total / 1e6:.1f} MB")
+    return folder
 
 
 def convert_gpt2(folder):
     """OpenAI's files -> (model, tokenizer): each variable used and each parameter set, once."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # else TensorFlow talks when it starts
-    import tensorflow
-
+    stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)  # TensorFlow talks when it starts
+    try:
+        import tensorflow
+    finally:
+        os.dup2(stderr, 2)
     hparams = json.loads((folder / "hparams.json").read_text())
     config = GPTConfig(*(hparams[f"n_{x}"] for x in ("vocab", "ctx", "embd", "head", "layer")))
     with torch.device("meta"):
@@ -960,33 +958,20 @@ def load_gpt2(folder, **changes):
     return load_checkpoint(converted, **changes)[:2]
 
 
-def fetch_gpt2(options, **changes):
-    """load_gpt2 of the size that the options name, downloaded if it isn't there yet."""
-    folder = Path(options.gpt2_folder) / options.gpt2
-    if not (folder / "model.pt").exists():
-        download_gpt2(options.gpt2, folder, options.gpt2_url or GPT2_URL)
-    return load_gpt2(folder, **changes)
-
-
 # ==================================================================================================
 # 8 Command line
-
-
-def encode(tokenizer, text, device):
-    """text -> its tokens (1, T); an empty one is <|endoftext|>, behind which texts begin."""
-    tokens = tokenizer.encode(text, allowed_special="all") or [tokenizer.eot_token]
-    return torch.tensor([tokens], device=device)
-
-
 def sample(**given):
     """Print continuations of a prompt; options not given have SampleOptions' defaults."""
     options = SampleOptions(**given)
     two = options.gpt2 and "checkpoint" in given
     require(not two, "--gpt2 and --checkpoint name two models; leave one of them out")
-    device, dtype = pick_device(options.device, options.dtype)
-    found = fetch_gpt2(options) if options.gpt2 else load_checkpoint(options.checkpoint)
-    model, tokenizer = found[:2]
-    model.to(device, dtype).eval()
+    device, dtype = prepare(options.device, options.dtype)
+    if options.gpt2:
+        folder = Path(options.gpt2_folder, options.gpt2)
+        model, tokenizer = load_gpt2(download_gpt2(options.gpt2, folder, options.gpt2_url))
+    else:
+        model, tokenizer, _ = load_checkpoint(options.checkpoint)
+    model.to(device, dtype)
     if options.compile:
         model.compile(dynamic=True)
     text = sys.stdin.read() if options.prompt == "-" else options.prompt
