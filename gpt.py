@@ -1,23 +1,22 @@
 """GPT-2 in one file: train it, sample from it, load OpenAI's weights. Read it from the top.
+
     python gpt.py train                              a GPT learns a short story, on a laptop
     python gpt.py sample --prompt "I HAD always"     it goes on with a text
     python gpt.py sample --gpt2 124M                 so does OpenAI's GPT-2 (a 500 MB download)
     python gpt.py train --gpt2 124M --data my.txt    GPT-2 goes on learning, from your text
+
 A GPT reads a row of tokens (words, parts of words, single bytes) and gives, for each place in the
 row, the probability of every token of its vocabulary to come next. Training moves its parameters
 until the tokens that do come next are probable; sampling draws one, appends it and asks again.
-    1 Config     the numbers that define a GPT, the options         5 Training       the loop
-    2 Layers     LayerNorm, GELU, attention, feed-forward, block    6 Decoding       drawing text
-    3 Model      embeddings, blocks, head; KV cache; loss           7 GPT-2 weights  OpenAI's files
-    4 Dataset    text to tokens to pairs of input and target        8 Command line
-"GPT-2" is Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; src/... are
-files of github.com/openai/gpt-2. Letters of shapes: B batch, rows side by side; T time, the tokens
-of a row in one call; S tokens seen, those T and a cache's; C channels, the n_embd numbers that
-stand for a token; H heads, and D = C / H, the channels of one; V vocabulary, the tokens there are.
+Sections: 1 Config, 2 Layers, 3 Model, 4 Dataset, 5 Training, 6 Decoding, 7 GPT-2 weights, 8 Command
+line. "GPT-2" is Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; src/...
+are files of github.com/openai/gpt-2. Letters of shapes: B batch, rows side by side; T time, the
+tokens of a row in one call; S tokens seen, those T and a cache's; C channels, the n_embd numbers
+that stand for a token; H heads, and D = C / H, the channels of one; V vocabulary, its tokens.
 """
 
 import argparse
-import codecs
+import codecs  # characters whose bytes come one by one
 import contextlib
 import ctypes
 import functools
@@ -30,7 +29,7 @@ import signal
 import sys
 import time
 import urllib.request
-import zipfile
+import zipfile  # checkpoints are zip archives
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -70,8 +69,8 @@ class GPTConfig:
     def __post_init__(self):
         sizes = (self.vocab_size, self.context_length, self.n_embd, self.n_head, self.n_layer)
         require(min(sizes) >= 1, f"every size must be at least 1: {self}")
-        heads = f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}, to share evenly"
-        require(self.n_embd % self.n_head == 0, heads)
+        shared = self.n_embd % self.n_head == 0  # the heads share the channels evenly
+        require(shared, f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}")
         require(0 <= self.dropout < 1, f"dropout {self.dropout} must be at least 0 and below 1")
 
 
@@ -83,93 +82,77 @@ GPT2_CONFIGS = {  # the four that OpenAI published, by their number of parameter
 }
 # What two processor cores can train while you watch: 30 million, 19 of them the token embedding.
 SIZES = {"small": GPTConfig(context_length=64, n_embd=384, n_head=6, n_layer=6), **GPT2_CONFIGS}
-
-
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 
 
 class Options(argparse.Namespace):
-    """The options of a command: what is given, else the defaults in the tables of the docstrings.
-    A line of a table: name, default (- is None), values (a choice, a range of whole numbers such as
-    1.. or of others such as 0.0..1, text or a switch), explanation. Those of both commands:
+    """The options of a command (t train, s sample): those given, else the defaults in this table. A
+    line is: commands, name, default (- is None), values (a|b a choice, 1.. whole numbers, 0.0..1
+    numbers, text, or a switch), explanation [of None]. Section 8 makes the command line from it.
+    t   data           the-verdict.txt  text  UTF-8, or .bin: raw uint16 tokens of GPT-2's vocabulary
+    t   val_fraction   0.1    0.0..0.99   the end of the data, kept for validation
+    t   tokenizer      -      text        gpt2, or N: learn N tokens from the data [gpt2, else 1024]
+    t   size           small  small|124M|355M|774M|1558M  the shape of a new model
+    ts  gpt2           -      124M|355M|774M|1558M  use OpenAI's weights
+    ts  gpt2_folder    gpt2   text        where its files are kept, in a folder for each size
+    ts  gpt2_url       -      text        where they come from [OpenAI]
+    s   checkpoint     out/checkpoint.pt  text  a model that was trained here
+    t   context        -      1..         tokens in a window [the size's]
+    t   n_layer        -      1..         blocks [the size's]
+    t   n_head         -      1..         attention heads [the size's]
+    t   n_embd         -      1..         channels [the size's]
+    t   dropout        0      0.0..0.99   share of activations zeroed while training
+    t   from_scratch   -      switch      run the hand-written arithmetic, not PyTorch's kernels
+    t   steps          200    1..         optimizer steps, in all
+    t   batch_size     8      1..         windows that each process reads at once
+    t   accumulate     1      1..         such batches to one optimizer step
+    t   stride         -      1..         tokens from window to window [a quarter of the context]
+    t   learning_rate  1e-3   0.0..1e9    the highest, at the end of the warm-up
+    t   warmup         20     0..         steps in which the learning rate rises
+    t   weight_decay   0.1    0.0..10     pull of matrices and embeddings towards 0
+    t   clip           1      1e-9..      longest gradient let through, as a norm
+    t   eval_every     20     1..         steps between measurements of the validation loss
+    t   save_every     100    1..         steps between checkpoints
+    t   sample_every   100    1..         steps between samples of text
+    t   prompt         I HAD always  text  what these samples go on from
+    s   prompt         I HAD always thought  text  the text to continue; - reads standard input
+    s   tokens         100    1..         the most tokens to add
+    s   temperature    0.8    0.0..1e6    0 greedy, below 1 bolder, above 1 more varied
+    s   top_k          50     1..         draw among the k most probable tokens
+    s   top_p          1      1e-9..1     draw among the likeliest, p of the probability
+    s   samples        1      1..         how many continuations
+    s   ignore_eos     -      switch      go on behind <|endoftext|>
+    s   no_cache       -      switch      read the whole text again for each token (to compare)
+    ts  seed           1      0..         of all that is random
+    ts  device         auto   auto|cpu|cuda|mps  where to compute
+    ts  dtype          auto   auto|float32|bfloat16|float16  to compute in, on a GPU 16 bits
+    ts  compile        -      switch      let torch.compile fuse the arithmetic; starts slowly
+    t   out            out    text        folder for checkpoint.pt, best.pt and log.csv
+    t   resume         -      switch      go on from the checkpoint in that folder"""
 
-    gpt2         -       124M|355M|774M|1558M   use OpenAI's weights
-    gpt2_folder  gpt2    text                   where its files are kept, in a folder for each size
-    gpt2_url     -       text                   where they come from [OpenAI]
-    seed         1       0..                    of all that is random
-    device       auto    auto|cpu|cuda|mps      where to compute
-    dtype        auto    auto|float32|bfloat16|float16  to compute in [GPU: a 16-bit one]
-    compile      -       switch                 let torch.compile fuse the arithmetic; starts slowly
-    """
-
-    def __init__(self, **given):
-        super().__init__(**{name: default for name, default, _, _ in self.table()} | given)
+    def __init__(self, command, **given):
+        super().__init__(**{name: default for name, default, _, _ in self.table(command)} | given)
 
     @classmethod
-    def table(cls):
+    def table(cls, command):
         """Name, default, keywords for argparse's add_argument, explanation, of each option."""
-        for line in f"{cls.__doc__}{Options.__doc__}".splitlines():
-            if len(row := re.split(r"  +", line.strip(), maxsplit=3)) == 4:
-                name, default, values, text = row
-                parse = functools.partial(cls.number, values) if ".." in values else str
-                keywords = {"choices": values.split("|")} if "|" in values else {"type": parse}
-                keywords = {"action": "store_true"} if values == "switch" else keywords
+        for line in cls.__doc__.splitlines()[3:]:
+            commands, name, default, values, text = re.split(r"  +", line.strip(), maxsplit=4)
+            parse = functools.partial(cls.number, values) if ".." in values else str
+            keywords = {"choices": values.split("|")} if "|" in values else {"type": parse}
+            keywords = {"action": "store_true"} if values == "switch" else keywords
+            if command[0] in commands:
                 yield name, None if default == "-" else parse(default), keywords, text
 
     @staticmethod
     def number(values, text):
         low, high = values.split("..")
-        value = math.nan
+        value = math.nan  # which is in no range
         with contextlib.suppress(ValueError):
             value = int(text) if low.isdigit() else float(text)
-        if not float(low) <= value <= float(high or 1e12):  # so for NaN
+        if not float(low) <= value <= float(high or 1e12):
             raise argparse.ArgumentTypeError(f"{text!r} is not a number in the range {values}")
         return value
-
-
-class TrainOptions(Options):
-    """Those of `train` alone; in brackets what None means:
-
-    data           the-verdict.txt  text  UTF-8, or .bin: raw uint16 tokens of GPT-2's vocabulary
-    val_fraction   0.1     0.0..0.99    the end of the data, kept for validation
-    tokenizer      -       text         gpt2, or N: learn N tokens from the data [gpt2, else 1024]
-    size           small   small|124M|355M|774M|1558M  the shape of a new model
-    context        -       1..          tokens in a window [the size's]
-    n_layer        -       1..          blocks [the size's]
-    n_head         -       1..          attention heads [the size's]
-    n_embd         -       1..          channels [the size's]
-    dropout        0       0.0..0.99    share of activations zeroed while training
-    from_scratch   -       switch       run the hand-written arithmetic, not PyTorch's kernels
-    steps          200     1..          optimizer steps, in all
-    batch_size     8       1..          windows that each process reads at once
-    accumulate     1       1..          such batches to one optimizer step
-    stride         -       1..          tokens from one window to the next [a quarter of the context]
-    learning_rate  1e-3    0.0..1e9     the highest, at the end of the warm-up
-    warmup         20      0..          steps in which the learning rate rises
-    weight_decay   0.1     0.0..10      pull of matrices and embeddings towards 0
-    clip           1       1e-9..       longest gradient let through, as a norm
-    eval_every     20      1..          steps between measurements of the validation loss
-    save_every     100     1..          steps between checkpoints
-    sample_every   100     1..          steps between samples of text
-    prompt         I HAD always  text   what these samples go on from
-    out            out     text         folder for checkpoint.pt, best.pt and log.csv
-    resume         -       switch       go on from the checkpoint in that folder
-    """
-
-
-class SampleOptions(Options):
-    """Those of `sample` alone:
-
-    checkpoint   out/checkpoint.pt  text  a model that was trained here
-    prompt       I HAD always thought  text  the text to continue; - reads standard input
-    tokens       100     1..        the most tokens to add
-    temperature  0.8     0.0..1e6   0 greedy, below 1 bolder, above 1 more varied
-    top_k        50      1..        draw among the k most probable tokens
-    top_p        1       1e-9..1    draw among the likeliest, p of the probability
-    samples      1       1..        how many continuations
-    ignore_eos   -       switch     go on behind <|endoftext|>
-    no_cache     -       switch     read the whole text again for each token (slow, to compare)
-    """
 
 
 # ==================================================================================================
@@ -189,7 +172,7 @@ class LayerNorm(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.fused = config.fused
-        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        self.weight = nn.Parameter(torch.ones(config.n_embd))  # the gain
         self.bias = nn.Parameter(torch.zeros(config.n_embd))
 
     def forward(self, x):
@@ -203,8 +186,8 @@ class LayerNorm(nn.Module):
 class GELU(nn.Module):
     """x times the probability that a standard normal number is below x: a ReLU with a soft knee.
         gelu(x) ≈ x/2 (1 + tanh(sqrt(2/π) (x + 0.044715 x³)))
-    The exact form takes the error function, once slow; GPT-2 was trained with this approximation, so
-    its weights expect it. Source: Hendrycks and Gimpel 2016, section 2; src/model.py, gelu()."""
+    The exact form takes the error function, once slow; GPT-2 was trained with this approximation,
+    so its weights expect it. Source: Hendrycks and Gimpel 2016, section 2; src/model.py, gelu()."""
 
     def __init__(self, config):
         super().__init__()
@@ -220,9 +203,9 @@ class CausalSelfAttention(nn.Module):
     """Each token mixes together what it finds in itself and the tokens before it.
         attention(Q, K, V) = softmax(Q Kᵀ / sqrt(D) + mask) V                 in each of H heads
     A row's query says what it looks for, its key what it offers, its value what it hands over. A
-    score, query times key, sums D products, so it grows like sqrt(D); divided by that it keeps a size
-    at which the softmax isn't one hard choice with no gradient left. The mask makes the scores of
-    later tokens -∞ before the softmax, so that the weights of those that may be seen sum to 1:
+    score, query times key, sums D products, so it grows like sqrt(D); divided by that it keeps a
+    size at which the softmax isn't one hard choice with no gradient left. The mask makes the scores
+    of later tokens -∞ before the softmax, so that the weights of those that may be seen sum to 1:
                         key:   I   HAD  always
         query  I              1.0   0     0        Row t knows tokens up to t only. So one pass over
                HAD            0.7  0.3    0        a text gives a prediction at all T places, and
@@ -249,9 +232,7 @@ class CausalSelfAttention(nn.Module):
                 buffer[:, :, start : start + T] = new
             k, v = (buffer[:, :, : start + T] for buffer in past)  # (B, H, S, D)
         mask, dropout = None, self.dropout if self.training else 0.0
-        if T > 1 and (
-            start > 0 or not self.fused
-        ):  # query i, the token start + i, sees keys to there
+        if T > 1 and (start > 0 or not self.fused):  # query i, token start + i, sees keys up to it
             mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)  # (T, S)
         if self.fused:  # makes the mask itself in the plain case, start 0
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, T > 1 and mask is None)
@@ -265,8 +246,8 @@ class CausalSelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """What a token makes of what it has gathered: gelu(x W₁ᵀ + b₁) W₂ᵀ + b₂, four times wider inside.
-    Two thirds of a block's parameters are here. (B, T, C) -> (B, T, C). Source: src/model.py, mlp()."""
+    """What a token makes of what it has gathered: gelu(x W₁ᵀ + b₁) W₂ᵀ + b₂, wider inside by four.
+    Two thirds of a block's parameters. (B, T, C) -> (B, T, C). Source: src/model.py, mlp()."""
 
     def __init__(self, config):
         super().__init__()
@@ -283,8 +264,8 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """x = x + attention(norm_1(x)), then x = x + feed_forward(norm_2(x)): (B, T, C) -> (B, T, C).
     The norms stand before the layers, off the stream (pre-LayerNorm; the transformer of 2017 had
-    them on it). So from the embeddings to the top the stream is a plain sum, through which the
-    gradient reaches every layer undiminished: deep stacks train easily. Source: GPT-2, section 2.3."""
+    them on it). So from bottom to top the stream is a plain sum, through which the gradient reaches
+    every layer undiminished: deep stacks train easily. Source: GPT-2, section 2.3."""
 
     def __init__(self, config):
         super().__init__()
@@ -307,19 +288,18 @@ class TransformerBlock(nn.Module):
 # The head, which turns a row into V scores, is the token embedding once more ("tied"): what is near
 # a token's vector predicts that token. This saves V * C parameters, 38.6 of 163 million in 124M.
 #
-# Thanks to the mask, a token's keys and values never depend on later tokens. When a text grows they
-# stay what they were, so they are computed once and kept. Of "always" below, one row goes through
-# the blocks, not three. The price is 2 * n_layer * C numbers a token: 72 KiB in 124M with float32,
-# 72 MiB for a full window.
+# Thanks to the mask, keys and values never depend on later tokens. When a text grows they stay what
+# they were, so they are computed once and kept, and only new tokens' rows go through the blocks:
 #     read "I HAD"      [ I | HAD |        |     ]   cache.length 2
 #     read "always"     [ I | HAD | always |     ]   cache.length 3
+# The price: 2 * n_layer * C numbers a token, in 124M with float32 72 KiB, 72 MiB a full window.
 class KVCache:
     """The keys and values of the tokens read so far, in buffers made once, for `length` tokens."""
 
     def __init__(self, config, batch_size, length=None, device=None, dtype=None):
         length, D = length or config.context_length, config.n_embd // config.n_head
-        shape = (batch_size, config.n_head, length, D)
-        new = functools.partial(torch.empty, shape, device=device, dtype=dtype)
+        new = functools.partial(torch.empty, (batch_size, config.n_head, length, D))
+        new = functools.partial(new, device=device, dtype=dtype)
         self.layers = [[new(), new()] for _ in range(config.n_layer)]  # keys and values of each
         self.length = 0  # tokens held
 
@@ -339,10 +319,9 @@ class GPT(nn.Module):
             self.initialise()
 
     def initialise(self):
-        """Matrices and embeddings from N(0, 0.02²), as in GPT-1; biases 0; gains are 1 from the start.
-        The 2 * n_layer projections that add to the stream are drawn smaller by the square root of
-        their number: variances add up, so the stream starts out no larger in a deep model. Source:
-        GPT-2, section 2.3; Radford et al. 2018 (GPT-1), section 4.1."""
+        """Matrices and embeddings from N(0, 0.02²), as in GPT-1; biases 0, gains 1. The 2 * n_layer
+        projections that add to the stream start smaller by the square root of their number:
+        variances add up, so a deep stream starts no larger. Source: GPT-2, section 2.3."""
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
                 depth = 2 * self.config.n_layer if name.endswith("projection.weight") else 1
@@ -352,10 +331,9 @@ class GPT(nn.Module):
 
     def forward(self, tokens, cache=None, last=False):
         """The tokens follow those in the cache; with `last`, logits (B, 1, V) of the last place."""
-        start = cache.length if cache else 0
+        start, context = cache.length if cache else 0, self.config.context_length
         end = start + tokens.shape[1]
-        fits = end <= self.config.context_length
-        require(fits, f"{end} tokens are more than the window of {self.config.context_length}")
+        require(end <= context, f"{end} tokens are more than the model's window of {context}")
         x = self.token_embedding(tokens)  # (B, T) -> (B, T, C)
         x = x + self.position_embedding.weight[start:end]  # (T, C), the same for all rows
         x = F.dropout(x, self.config.dropout, self.training)
@@ -369,11 +347,11 @@ class GPT(nn.Module):
 
 def cross_entropy(logits, targets):
     """Mean negative log-likelihood in nats: logits (..., V), targets (...) int64 -> a scalar.
-        loss = mean of -log softmax(logits)[target] = mean of log(sum of exp(logits)) - logit[target]
+        loss = mean of -log softmax(logits)[target] = mean of log(sum of exp(logits)) - logits[target]
     A model that knows nothing gives each token 1/V, so the loss starts near ln V, 10.8 for GPT-2's
     vocabulary. logsumexp takes the largest logit out of the sum first, so no exp can overflow."""
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    logits = logits if logits.dtype == torch.float64 else logits.float()  # sums need 32 bits
+    chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)  # (B, T, V) -> (B, T)
     return (logits.logsumexp(-1) - chosen).mean()
 
 
@@ -381,10 +359,9 @@ def cross_entropy(logits, targets):
 # 4 Dataset
 # GPT-2's tokenizer starts from the 256 bytes, so that it can write anything, and has learned 50,000
 # longer tokens by merging the most frequent pair of neighbours again and again (byte-pair encoding;
-# Sennrich et al. 2016, GPT-2 section 2.2). Before that, a pattern cuts the text into words, each
-# with the space before it, and no token reaches across the cut. The encoding is done by tiktoken.
+# Sennrich et al. 2016, GPT-2 section 2.2), within words, which carry the space before them. The
+# encoding is done by tiktoken. The pattern that finds words is from src/encoder.py.
 END_OF_TEXT = "<|endoftext|>"  # the token between two documents; text doesn't merge into it
-# Contractions, letters, digits, other signs, white space. Source: src/encoder.py, Encoder.pat.
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
@@ -395,9 +372,8 @@ def make_tokenizer(name, ranks, end_of_text):
 
 
 def read_gpt2_tokenizer(folder):
-    """The tokenizer in OpenAI's encoder.json, whose numbers are the ranks. Its keys write a byte that
-    can't be printed as chr(256), chr(257), ... (src/encoder.py, bytes_to_unicode()). The merges in
-    vocab.bpe, in the order learned, must give the same ranks."""
+    """The tokenizer in OpenAI's encoder.json, whose numbers are the ranks. Bytes that can't be
+    printed stand there as chr(256), chr(257), ...: src/encoder.py, bytes_to_unicode()."""
     ranks = json.loads((folder / "encoder.json").read_text("utf-8"))
     merges = (folder / "vocab.bpe").read_text("utf-8").split("\n")[1:-1]  # behind a version
     fit = all(ranks.get(merge.replace(" ", "")) == 256 + n for n, merge in enumerate(merges))
@@ -411,9 +387,9 @@ def read_gpt2_tokenizer(folder):
 
 
 def load_tokenizer(name=None, folder="gpt2", text=None):
-    """GPT-2's tokenizer ("gpt2"), or N tokens learned from text (N), or the first that works (None).
-    GPT-2's comes from the first folder/SIZE that holds it, else from tiktoken, which looks in its
-    cache, then downloads; OSError if that fails too. Returns a tiktoken.Encoding."""
+    """GPT-2's tokenizer (name "gpt2"), one of N tokens learned from text (N), or the first that can be
+    had (None): a tiktoken.Encoding. GPT-2's is in some folder/SIZE, or else comes from tiktoken, from
+    its cache or by download; OSError if that fails."""
     if name in (None, "gpt2"):
         for vocabulary in sorted(Path(folder).glob("*/vocab.bpe")):
             return read_gpt2_tokenizer(vocabulary.parent)
@@ -432,14 +408,14 @@ def load_tokenizer(name=None, folder="gpt2", text=None):
 
 
 def train_bpe(text, vocab_size):
-    """Learn tokens from text -> {bytes: rank}, the 256 bytes first, then the learned, in order.
-    Merges the most frequent pair of neighbours (of equals, the first met) until there are
-    vocab_size tokens or no pairs. ValueError below 256. Source: Sennrich et al. 2016, algorithm 1."""
+    """Learn tokens from text -> {bytes: rank}, the 256 bytes first, then the learned, in order: the
+    most frequent pair of neighbours (of equals, the first met) is merged, until there are vocab_size
+    tokens or no pairs. ValueError below 256. Source: Sennrich et al. 2016, algorithm 1."""
     require(vocab_size >= 256, f"a vocabulary of {vocab_size} tokens can't hold the 256 bytes")
     tokens = [bytes([b]) for b in range(256)]
     # WORDS for the standard library, which has no \p: a letter is a \w that is no digit and no _.
     words = re.findall(r"'(?:[stmd]|re|ve|ll)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+", text)
-    # Below, the characters of a word are token numbers: chr(n) stands for token n.
+    # From here on, the characters of a word are token numbers: chr(n) stands for token n.
     counts = Counter(word.encode().decode("latin-1") for word in words)
     while len(tokens) < vocab_size:
         pairs = Counter()
@@ -449,8 +425,7 @@ def train_bpe(text, vocab_size):
         if not pairs:
             break
         left, right = max(pairs, key=pairs.get)
-        merged = chr(len(tokens))
-        counts = {word.replace(left + right, merged): n for word, n in counts.items()}
+        counts = {word.replace(left + right, chr(len(tokens))): n for word, n in counts.items()}
         tokens.append(tokens[ord(left)] + tokens[ord(right)])
     return {token: rank for rank, token in enumerate(tokens)}
 
@@ -462,13 +437,13 @@ def train_bpe(text, vocab_size):
 # With a stride below the context a token is met at several positions, behind texts of several
 # lengths. A short text wants that: what was met at one position only isn't recognised at others.
 class SlidingWindows(Dataset):
-    """Windows over tokens: item i is (input, target), int64 (context_length,) each.
-    Window i begins at token i * stride; there are as many as fit, targets included. An item reads
-    its own tokens only, so `tokens` can be a memory map. ValueError for tokens from vocab_size on."""
+    """Windows over tokens: item i is (input, target), int64 (context_length,) each, and begins at
+    token i * stride; there are as many as fit, targets included. An item reads its own tokens only,
+    so `tokens` can be a memory map. ValueError for a token that is vocab_size or more."""
 
     def __init__(self, tokens, context_length, stride, vocab_size=math.inf):
-        self.tokens, self.context_length, self.stride = tokens, context_length, stride
-        self.vocab_size = vocab_size
+        self.tokens, self.context_length = tokens, context_length
+        self.stride, self.vocab_size = stride, vocab_size
 
     def __len__(self):
         return max(0, (len(self.tokens) - self.context_length - 1) // self.stride + 1)
@@ -488,7 +463,6 @@ class SlidingWindows(Dataset):
 # Hutter 2019) divides each parameter's running mean gradient by its running size, so that all move
 # at about the learning rate. The rate rises linearly at first, while these means stem from too few
 # gradients to be trusted, then falls along half a cosine: large steps to get near, small to settle.
-#
 # Everything random is a function of (seed, step) or (seed, epoch). So nothing of it needs saving,
 # and a run that stops and goes on draws what it would have drawn.
 FORMAT = 1  # of checkpoints
@@ -512,9 +486,9 @@ def save_checkpoint(path, model, tokenizer, training_state=None):
 
 
 def load_checkpoint(path, **changes):
-    """The (model, tokenizer, training_state or None) that save_checkpoint wrote; model.eval().
-    The file is mapped: weights are read from the disk when first used. `changes` replace fields of
-    its GPTConfig. Raises ValueError for a file that is damaged or not of this program and format."""
+    """The (model, tokenizer, training_state or None) that save_checkpoint wrote; `changes` replace
+    fields of its GPTConfig. The file is mapped: weights are read from the disk when first used.
+    Raises ValueError for one that is damaged or not of this program and format."""
     require(os.path.isfile(path), f"there is no file {path}; train first, or name another")
     try:
         with zipfile.ZipFile(path) as archive:  # it has checksums, which torch.load doesn't look at
@@ -588,7 +562,12 @@ def summarise(out):
 
 
 def prepare(name, dtype):
-    """The torch.device and torch.dtype of these names; auto is the best that is there."""
+    """The torch.device and torch.dtype of these names, auto being the best that is there, ready.
+
+    On a processor two settings halve the time of a step. glibc gives large buffers back to the
+    system and gets them zeroed page by page, a third of a step; mallopt() makes it keep them. And
+    PyTorch leaves float32 products to MKL, on AMD half as fast as oneDNN, which gets them where
+    bfloat16 is allowed. Intel's AMX then does round: x times 1 isn't x, and it is forbidden again."""
     here = ["cpu"] + ["mps"] * torch.backends.mps.is_available()
     here += ["cuda"] * torch.cuda.is_available()
     require(name in ("auto", *here), f"--device {name} is not there, only {', '.join(here)}")
@@ -596,55 +575,48 @@ def prepare(name, dtype):
     if dtype == "auto" and device.type == "cuda":  # GPUs from before 2020 have float16 only
         dtype = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
     if device.type == "cpu":
-        tune_processor()
+        with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+            for option, value in ((-3, 1 << 30), (-1, (1 << 31) - 1)):  # M_MMAP_, M_TRIM_THRESHOLD
+                ctypes.CDLL(None).mallopt(option, value)
+        products, x = torch.backends.mkldnn.matmul, torch.rand(512, 512)
+        before, products.fp32_precision = products.fp32_precision, "bf16"
+        if not torch.equal(x @ torch.eye(512), x):
+            products.fp32_precision = before
     return device, getattr(torch, "float32" if dtype == "auto" else dtype)
 
 
-def tune_processor():
-    """Two settings that together halve the time of a training step on a processor.
-    glibc gives large buffers back to the system and has them zeroed page by page when they are next
-    asked for, a third of a step; mallopt() makes it keep them. And PyTorch leaves float32 products
-    to MKL, on AMD half as fast as oneDNN, which gets them where bfloat16 is allowed. Few processors
-    (Intel's with AMX) then do round, so that x times 1 isn't x; there it is forbidden again."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
-        for option, size in ((-3, 1 << 30), (-1, (1 << 31) - 1)):  # M_MMAP_, M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, size)
-    products, x = torch.backends.mkldnn.matmul, torch.rand(512, 512)
-    before, products.fp32_precision = products.fp32_precision, "bf16"
-    if not torch.equal(x @ torch.eye(512), x):
-        products.fp32_precision = before
+KEPT = set("data val_fraction tokenizer size gpt2 context n_layer n_head n_embd dropout".split())
+KEPT |= set("from_scratch stride learning_rate warmup weight_decay clip prompt seed".split())
 
 
-def new_model(options, given):
-    """The (model, tokenizer) that a run starts from: a random one, or OpenAI's."""
+def start(given, world):
+    """A run, new or resumed -> (options, model, tokenizer, state)."""
+    options, state = Options("train", **given), {"step": 0, "best_val_loss": math.inf}
+    if "data" not in given:  # the story lies beside this file
+        options.data = str(Path(__file__).resolve().with_name(options.data))
+    if options.resume:
+        model, tokenizer, state = load_checkpoint(Path(options.out, "checkpoint.pt"))
+        require(state, "only a checkpoint.pt of train can be resumed, not weights alone")
+        saved, done = state["options"], state["step"]
+        changed = ", ".join(name for name in given if name in KEPT and given[name] != saved[name])
+        require(not changed, f"a resumed run keeps its {changed}; leave that out, or start anew")
+        options = Options("train", **saved | given)
+        same = options.batch_size * options.accumulate * world == state["batch"]
+        require(same, f"batch size x accumulate x processes must stay {state['batch']}")
+        require(options.steps >= done, f"--steps {options.steps}: {done} have been done already")
+        return options, model, tokenizer, state
     changes = {"dropout": options.dropout, "fused": not options.from_scratch}
     shape = {name: given[name] for name in ("n_layer", "n_head", "n_embd") if name in given}
     if options.gpt2:
         clash = ", ".join(given.keys() & {"size", "tokenizer", *shape})
         require(not clash, f"--gpt2 brings its own {clash}; leave out one of the two")
-        folder = Path(options.gpt2_folder, options.gpt2)
-        return load_gpt2(download_gpt2(options.gpt2, folder, options.gpt2_url), **changes)
+        return options, *fetch_gpt2(options, **changes), state
     text = None if options.data.endswith(".bin") else Path(options.data).read_text("utf-8")
     tokenizer = load_tokenizer(options.tokenizer, options.gpt2_folder, text)
     config = replace(SIZES[options.size], vocab_size=tokenizer.n_vocab, **shape, **changes)
+    config = replace(config, context_length=options.context or config.context_length)
     torch.manual_seed(options.seed)
-    return GPT(replace(config, context_length=options.context or config.context_length)), tokenizer
-
-
-def resumed_options(given, state, world):
-    """The options of the run that saved this state, with those changed that may change."""
-    require(state, "best.pt and converted weights can't be resumed, checkpoint.pt can")
-    options, batch, done = state["options"] | given, state["batch"], state["step"]
-    free = "out resume steps batch_size accumulate eval_every save_every sample_every device dtype compile"
-    fixed = [n for n in given.keys() - {*free.split()} if given[n] != state["options"][n]]
-    require(not fixed, f"a resumed run keeps its {', '.join(fixed)}; leave out, or start anew")
-    if "accumulate" not in given:  # follows from the number of processes
-        options["accumulate"] = max(1, batch // (options["batch_size"] * world))
-    same = options["batch_size"] * options["accumulate"] * world == batch
-    require(same, f"batch size x accumulate x processes must stay {batch} in a resumed run")
-    few = f"--steps {options['steps']}, but the run has done {done} already"
-    require(options["steps"] >= done, few)
-    return TrainOptions(**options)
+    return options, GPT(config), tokenizer, state
 
 
 def open_log(out, step):
@@ -664,28 +636,18 @@ def open_log(out, step):
 
 
 def train(**given):
-    """Train as the options say; those not given have TrainOptions' defaults. Returns the model.
-    Writes checkpoint.pt, best.pt and log.csv into the folder `out`. Raises ValueError or OSError
-    for what is wrong with options, data or disk, and SystemExit after SIGINT or SIGTERM."""
-    options = TrainOptions(**given)
+    """Train a GPT as the options say, at their defaults unless given, and return it. Writes
+    checkpoint.pt, best.pt and log.csv into the folder `out`. Raises ValueError or OSError for what
+    is wrong with options, data or disk, and SystemExit after SIGINT or SIGTERM."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    out, state = Path(options.out), {"step": 0, "best_val_loss": math.inf}
-    if "data" not in given:
-        options.data = str(Path(__file__).resolve().with_name(options.data))
-    if options.resume:
-        model, tokenizer, state = load_checkpoint(out / "checkpoint.pt")
-        options = resumed_options(given, state, world)
-    device, dtype = prepare(options.device, options.dtype)
-    if not options.resume:
-        model, tokenizer = new_model(options, given)
-
-    # The data. What lies behind the cut is for validation and never trained on.
+    options, model, tokenizer, state = start(given, world)
+    out, (device, dtype) = Path(options.out), prepare(options.device, options.dtype)
     if options.data.endswith(".bin"):
         tokens = np.memmap(options.data, dtype="<u2", mode="r")
     else:
         text = Path(options.data).read_text("utf-8")
         tokens = tokenizer.encode_to_numpy(text, allowed_special="all")
-    cut = len(tokens) - int(len(tokens) * options.val_fraction)
+    cut = len(tokens) - int(len(tokens) * options.val_fraction)  # behind it, for validation only
     context, V = options.context or model.config.context_length, model.config.vocab_size
     windows = SlidingWindows(tokens[:cut], context, options.stride or max(1, context // 4), V)
     few = f"{options.data} gives {cut} tokens to train on, a window takes {context + 1}"
@@ -694,29 +656,27 @@ def train(**given):
     val_windows = SlidingWindows(tokens[cut:], short, short, V)
     spread = range(0, len(val_windows), 1 + len(val_windows) // 64)  # of many, up to 64 will do
     val_batches = DataLoader(Subset(val_windows, spread), options.batch_size)
-
-    # The machine. torchrun starts several processes and numbers them; each has its own device.
-    if world > 1:
+    if world > 1:  # one process of several, which torchrun has started and numbered
         torch.distributed.init_process_group()  # nccl between GPUs, gloo between processors
         if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # each has its own
     optimizer = make_optimizer(model.to(device).train(), options.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # gradients * 2^n
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     if options.resume:
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"] or scaler.state_dict())
     if options.compile:
-        model.compile()
+        model.compile()  # in place, so that parameters keep their names
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     log = open_log(out, state["step"]) if rank == 0 else None
-
     first, begun, signals = state["step"], time.perf_counter(), []
     batch = options.batch_size * options.accumulate * world  # windows in a step, of all processes
     state |= {"options": vars(options), "batch": batch}
     order = itertools.islice(shuffled(len(windows), options.seed, first * batch), rank, None, world)
     pinned = device.type == "cuda"  # from pinned memory a batch goes over while the GPU computes
     batches = iter(DataLoader(windows, options.batch_size, sampler=order, pin_memory=pinned))
+
     with contextlib.ExitStack() as afterwards:
         for s in (signal.SIGINT, signal.SIGTERM):  # noted, and obeyed when the step is done
             old = signal.signal(s, lambda number, frame: signals.append(number))
@@ -724,11 +684,10 @@ def train(**given):
         for done in range(first + 1, options.steps + 1):
             started, last = time.perf_counter(), done == options.steps
             torch.manual_seed(hash((options.seed, done, rank)))  # dropout draws from this
-            rate, loss = learning_rate(done - 1, options), torch.zeros((), device=device)
-            for micro in range(1, options.accumulate + 1):
+            loss = torch.zeros((), device=device)
+            for micro in range(1, options.accumulate + 1):  # gradients add up
                 inputs, targets = (t.to(device, non_blocking=True) for t in next(batches))
-                # Gradients add up; the processes exchange theirs in the last backward pass only.
-                parallel.require_backward_grad_sync = micro == options.accumulate
+                parallel.require_backward_grad_sync = micro == options.accumulate  # the last only
                 with autocast:
                     part = cross_entropy(parallel(inputs), targets) / options.accumulate
                 scaler.scale(part).backward()
@@ -736,7 +695,7 @@ def train(**given):
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(model.parameters(), options.clip)
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = learning_rate(done - 1, options)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -748,13 +707,13 @@ def train(**given):
             speed = batch * context / (time.perf_counter() - started)
             require(math.isfinite(loss), f"step {done}: the loss is {loss}; lower --learning-rate")
             if rank == 0:
-                due = spread and (done % options.eval_every == 0 or last)
-                val_loss = evaluate(model, val_batches, device) if due else math.nan
-                if val_loss < state["best_val_loss"]:
-                    state["best_val_loss"] = val_loss
-                    save_checkpoint(out / "best.pt", model, tokenizer)
-                measured = f"{val_loss:.9g}" if due else ""
-                log.write(f"{done},{loss:.9g},{measured},{rate:.9g},{speed:.0f}\n")
+                measured, due = "", spread and (done % options.eval_every == 0 or last)
+                if due:
+                    measured = f"{(val_loss := evaluate(model, val_batches, device)):.9g}"
+                    if val_loss < state["best_val_loss"]:
+                        state["best_val_loss"] = val_loss
+                        save_checkpoint(out / "best.pt", model, tokenizer)
+                log.write(f"{done},{loss:.9g},{measured},{group['lr']:.9g},{speed:.0f}\n")
                 log.flush()
                 left = (time.perf_counter() - begun) / (done - first) * (options.steps - done)
                 line = f"step {done}/{options.steps}  loss {loss:.3f}  val {measured[:5]:5}"
@@ -762,7 +721,7 @@ def train(**given):
                 progress(line, keep=bool(due) or last)
                 if done % options.save_every == 0 or last or stop:
                     state |= {"step": done, "scaler": scaler.state_dict()}
-                    state["optimizer"] = optimizer.state_dict()
+                    state |= {"optimizer": optimizer.state_dict()}
                     save_checkpoint(out / "checkpoint.pt", model, tokenizer, state)
                 if done % options.sample_every == 0 or last:
                     added = generate(model.eval(), encode(tokenizer, options.prompt, device), 40, 0)
@@ -810,22 +769,13 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
 # A full window can't just drop its first token: each position has its own vector, so every key and
 # value would change. Instead the newest half is read afresh from position 0 on, once in
 # context_length / 2 tokens, so that a token costs the same however long the text gets:
-#
 #     [ a b c d e f g h ] is full and i comes   ->   [ f g h i . . . . ]
-def generate(
-    model,
-    prompt,  # int64 (B, T); of a prompt longer than the window the newest part is read
-    max_new_tokens,
-    temperature=1.0,
-    top_k=None,
-    top_p=None,
-    eos=None,  # the token that ends a row: from then on it yields nothing else
-    seed=None,
-    use_cache=True,  # without: the same tokens, slower
-    samples=1,  # continuations of each row, from one reading of the prompt
-):
-    """Yield the next token of each row, int64 (B * samples,), again and again, until all ended.
-    Raises ValueError for logits that aren't finite."""
+def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos=None,
+             seed=None, use_cache=True, samples=1):  # fmt: skip
+    """Yield the next token of each row, int64 (B * samples,), again and again. prompt: int64 (B, T),
+    of which the newest window is read; each row is continued `samples` times from one reading. A row
+    that has produced eos yields nothing else; all such rows end the iterator. Without the cache the
+    same tokens come, slower. Raises ValueError for logits that aren't finite."""
     context, device, dtype = (
         model.config.context_length,
         prompt.device,
@@ -948,29 +898,32 @@ def convert_gpt2(folder):
 
 
 def load_gpt2(folder, **changes):
-    """The (model, tokenizer) in a folder with OpenAI's five files; needs no network.
-    The first call converts them to model.pt beside them; from then on that is read, without
-    TensorFlow. `changes` replace fields of the GPTConfig. Raises ValueError, with the variable's
-    name, where one is missing, unknown, or of another shape than hparams.json asks for."""
+    """The (model, tokenizer) in a folder with OpenAI's five files; needs no network. The first call
+    converts them to model.pt; later ones read that, without TensorFlow. `changes` replace fields of
+    the GPTConfig. Raises ValueError with the name of a missing, unknown or misshapen variable."""
     converted = Path(folder) / "model.pt"
     if not converted.exists():
         save_checkpoint(converted, *convert_gpt2(Path(folder)))
     return load_checkpoint(converted, **changes)[:2]
 
 
+def fetch_gpt2(options, **changes):
+    """load_gpt2 of the size in the options, downloaded if it isn't here yet."""
+    folder = Path(options.gpt2_folder, options.gpt2)
+    return load_gpt2(download_gpt2(options.gpt2, folder, options.gpt2_url), **changes)
+
+
 # ==================================================================================================
 # 8 Command line
 def sample(**given):
-    """Print continuations of a prompt; options not given have SampleOptions' defaults."""
-    options = SampleOptions(**given)
-    two = options.gpt2 and "checkpoint" in given
-    require(not two, "--gpt2 and --checkpoint name two models; leave one of them out")
+    """Print continuations of a prompt as the options say, at their defaults unless given."""
+    options = Options("sample", **given)
+    require(
+        not (options.gpt2 and "checkpoint" in given), "leave out --gpt2 or --checkpoint, not both"
+    )
     device, dtype = prepare(options.device, options.dtype)
-    if options.gpt2:
-        folder = Path(options.gpt2_folder, options.gpt2)
-        model, tokenizer = load_gpt2(download_gpt2(options.gpt2, folder, options.gpt2_url))
-    else:
-        model, tokenizer, _ = load_checkpoint(options.checkpoint)
+    found = fetch_gpt2(options) if options.gpt2 else load_checkpoint(options.checkpoint)
+    model, tokenizer = found[:2]
     model.to(device, dtype)
     if options.compile:
         model.compile(dynamic=True)
@@ -1008,14 +961,13 @@ def main(argv=None):
     """Run the command line; SystemExit(2) for a user's mistake."""
     parser = Parser(prog="gpt.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(required=True)
-    for run, options in ((train, TrainOptions), (sample, SampleOptions)):
-        summary = run.__doc__.splitlines()[0]
-        command = commands.add_parser(run.__name__, help=summary, allow_abbrev=False)
+    for run in (train, sample):
+        command = commands.add_parser(run.__name__, help=run.__doc__, allow_abbrev=False)
         command.set_defaults(run=run)
-        for name, default, keywords, text in options.table():
+        for name, default, keywords, text in Options.table(run.__name__):
             text += f" [{default}]" if default else ""
-            option = "--" + name.replace("_", "-")
-            command.add_argument(option, default=argparse.SUPPRESS, help=text, **keywords)
+            name = "--" + name.replace("_", "-")
+            command.add_argument(name, default=argparse.SUPPRESS, help=text, **keywords)
     given = vars(parser.parse_args(argv))
     try:
         given.pop("run")(**given)
