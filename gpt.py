@@ -12,24 +12,10 @@ Sections: 1 Config, 2 Layers, 3 Model, 4 Dataset, 5 Training, 6 Decoding, 7 GPT-
 line. "GPT-2" is Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; src/...
 are files of github.com/openai/gpt-2. Letters of shapes: B batch, rows side by side; T time, the
 tokens of a row in one call; S tokens seen, those T and a cache's; C channels, the n_embd numbers
-that stand for a token; H heads, and D = C / H, the channels of one; V vocabulary, its tokens.
-"""
+that stand for a token; H heads, and D = C / H, the channels of one; V vocabulary, its tokens."""
 
-import argparse
-import codecs  # characters whose bytes come one by one
-import contextlib
-import ctypes
-import functools
-import itertools
-import json
-import math
-import os
-import re
-import signal
-import sys
-import time
-import urllib.request
-import zipfile  # checkpoints are zip archives
+import argparse, codecs, contextlib, ctypes, functools, itertools, json, math  # noqa: I001
+import os, re, signal, sys, time, urllib.request, zipfile
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -45,8 +31,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 # ==================================================================================================
 # 1 Config
 # Seven fields fix the architecture, and with it the number and shape of all parameters. `fused`
-# changes neither these nor the results: section 2 has each arithmetic twice, as lines that spell it
-# out, and as the one PyTorch kernel that computes the same faster.
+# changes neither: each arithmetic of section 2 stands there twice, spelt out and as one fast
+# PyTorch kernel.
 def require(ok, message):
     """Raise ValueError unless ok: for what a user can mend."""
     if not ok:
@@ -147,12 +133,11 @@ class Options(argparse.Namespace):
     @staticmethod
     def number(values, text):
         low, high = values.split("..")
-        value = math.nan  # which is in no range
         with contextlib.suppress(ValueError):
             value = int(text) if low.isdigit() else float(text)
-        if not float(low) <= value <= float(high or 1e12):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number in the range {values}")
-        return value
+            if float(low) <= value <= float(high or 1e12):  # NaN isn't
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number in the range {values}")
 
 
 # ==================================================================================================
@@ -162,25 +147,24 @@ class Options(argparse.Namespace):
 # network works on each row by itself. B texts of T tokens travel together, as x (B, T, C).
 # nn.Linear(m, n) holds W (n, m) and b (n,), and maps x (..., m) to x Wᵀ + b (..., n).
 class LayerNorm(nn.Module):
-    """Each row brought to mean 0 and variance 1, then scaled and shifted by learned numbers.
-        y = (x - mean) / sqrt(variance + eps) * weight + bias         over the C numbers of a row
-    So a layer behind it reads numbers of one size, however far the stream has grown.
-    (B, T, C) -> (B, T, C). Source: Ba et al. 2016, section 3.1; src/model.py, norm()."""
-
-    EPS = 1e-5  # keeps a constant row from dividing by 0
+    """Each row brought to mean 0 and variance 1, then scaled and shifted by learned numbers, so
+    that a layer behind it reads numbers of one size, however far the stream has grown. Over the C
+    of a row,
+        y = (x - mean) / sqrt(variance + eps) * weight + bias        (B, T, C) -> (B, T, C)
+    Source: Ba et al. 2016, section 3.1; src/model.py, norm()."""
 
     def __init__(self, config):
         super().__init__()
-        self.fused = config.fused
+        self.fused, self.eps = config.fused, 1e-5  # eps keeps a constant row from dividing by 0
         self.weight = nn.Parameter(torch.ones(config.n_embd))  # the gain
         self.bias = nn.Parameter(torch.zeros(config.n_embd))
 
     def forward(self, x):
         if self.fused:
-            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.EPS)
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
         x = x - x.mean(-1, keepdim=True)  # (B, T, C) - (B, T, 1)
         variance = x.square().mean(-1, keepdim=True)  # (B, T, 1), divided by C, not C - 1
-        return x * torch.rsqrt(variance + self.EPS) * self.weight + self.bias
+        return x * torch.rsqrt(variance + self.eps) * self.weight + self.bias
 
 
 class GELU(nn.Module):
@@ -263,9 +247,9 @@ class FeedForward(nn.Module):
 
 class TransformerBlock(nn.Module):
     """x = x + attention(norm_1(x)), then x = x + feed_forward(norm_2(x)): (B, T, C) -> (B, T, C).
-    The norms stand before the layers, off the stream (pre-LayerNorm; the transformer of 2017 had
-    them on it). So from bottom to top the stream is a plain sum, through which the gradient reaches
-    every layer undiminished: deep stacks train easily. Source: GPT-2, section 2.3."""
+    The norms stand before the layers, off the stream (pre-LayerNorm; in 2017 they stood on it),
+    which so is a plain sum from bottom to top: through it the gradient reaches every layer
+    undiminished, and deep stacks train easily. Source: GPT-2, section 2.3."""
 
     def __init__(self, config):
         super().__init__()
@@ -347,7 +331,8 @@ class GPT(nn.Module):
 
 def cross_entropy(logits, targets):
     """Mean negative log-likelihood in nats: logits (..., V), targets (...) int64 -> a scalar.
-        loss = mean of -log softmax(logits)[target] = mean of log(sum of exp(logits)) - logits[target]
+        loss = mean of -log softmax(logits)[target] = mean of log(sum of exp(logits)) -
+        logits[target]
     A model that knows nothing gives each token 1/V, so the loss starts near ln V, 10.8 for GPT-2's
     vocabulary. logsumexp takes the largest logit out of the sum first, so no exp can overflow."""
     logits = logits if logits.dtype == torch.float64 else logits.float()  # sums need 32 bits
@@ -359,16 +344,20 @@ def cross_entropy(logits, targets):
 # 4 Dataset
 # GPT-2's tokenizer starts from the 256 bytes, so that it can write anything, and has learned 50,000
 # longer tokens by merging the most frequent pair of neighbours again and again (byte-pair encoding;
-# Sennrich et al. 2016, GPT-2 section 2.2), within words, which carry the space before them. The
-# encoding is done by tiktoken. The pattern that finds words is from src/encoder.py.
+# Sennrich et al. 2016, GPT-2 section 2.2), within words, which carry the space before them: WORDS,
+# of src/encoder.py, finds them. The encoding is done by tiktoken.
 END_OF_TEXT = "<|endoftext|>"  # the token between two documents; text doesn't merge into it
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def make_tokenizer(name, ranks, end_of_text):
     """A tiktoken.Encoding from ranks, {bytes of a token: its number}; lower ones merge first."""
-    special = {END_OF_TEXT: end_of_text}
-    return tiktoken.Encoding(name, pat_str=WORDS, mergeable_ranks=ranks, special_tokens=special)
+    parts = {
+        "pat_str": WORDS,
+        "mergeable_ranks": ranks,
+        "special_tokens": {END_OF_TEXT: end_of_text},
+    }
+    return tiktoken.Encoding(name, **parts)
 
 
 def read_gpt2_tokenizer(folder):
@@ -387,9 +376,9 @@ def read_gpt2_tokenizer(folder):
 
 
 def load_tokenizer(name=None, folder="gpt2", text=None):
-    """GPT-2's tokenizer (name "gpt2"), one of N tokens learned from text (N), or the first that can be
-    had (None): a tiktoken.Encoding. GPT-2's is in some folder/SIZE, or else comes from tiktoken, from
-    its cache or by download; OSError if that fails."""
+    """GPT-2's tokenizer (name "gpt2"), one of N tokens learned from text (N), or the first that can
+    be had (None): a tiktoken.Encoding. GPT-2's is in some folder/SIZE, or else comes from tiktoken,
+    from its cache or by download; OSError if that fails."""
     if name in (None, "gpt2"):
         for vocabulary in sorted(Path(folder).glob("*/vocab.bpe")):
             return read_gpt2_tokenizer(vocabulary.parent)
@@ -409,8 +398,9 @@ def load_tokenizer(name=None, folder="gpt2", text=None):
 
 def train_bpe(text, vocab_size):
     """Learn tokens from text -> {bytes: rank}, the 256 bytes first, then the learned, in order: the
-    most frequent pair of neighbours (of equals, the first met) is merged, until there are vocab_size
-    tokens or no pairs. ValueError below 256. Source: Sennrich et al. 2016, algorithm 1."""
+    most frequent pair of neighbours (of equals, the first met) is merged, until there are
+    vocab_size tokens or no pairs. ValueError below 256. Source: Sennrich et al. 2016, algorithm
+    1."""
     require(vocab_size >= 256, f"a vocabulary of {vocab_size} tokens can't hold the 256 bytes")
     tokens = [bytes([b]) for b in range(256)]
     # WORDS for the standard library, which has no \p: a letter is a \w that is no digit and no _.
@@ -430,12 +420,13 @@ def train_bpe(text, vocab_size):
     return {token: rank for rank, token in enumerate(tokens)}
 
 
-# The targets are the input shifted by one token, so that every place has its next token as answer:
+# The targets are the input shifted by one token: every place has the token that follows as its
+# answer. With a stride below the context a token is met at several positions, behind texts of
+# several lengths, which a short text needs: what was met at one position only isn't recognised at
+# others.
 #     tokens      I  HAD  always  thought  Jack  Gis  burn       context 4, stride 2
 #     window 0    I  HAD  always  thought                        its target: HAD always thought Jack
 #     window 1            always  thought  Jack  Gis             its target: thought Jack Gis burn
-# With a stride below the context a token is met at several positions, behind texts of several
-# lengths. A short text wants that: what was met at one position only isn't recognised at others.
 class SlidingWindows(Dataset):
     """Windows over tokens: item i is (input, target), int64 (context_length,) each, and begins at
     token i * stride; there are as many as fit, targets included. An item reads its own tokens only,
@@ -461,17 +452,14 @@ class SlidingWindows(Dataset):
 # One step: read a batch of windows, measure the loss, let autograd find how it changes with each
 # parameter (the gradient), and move every parameter a little against it. AdamW (Loshchilov and
 # Hutter 2019) divides each parameter's running mean gradient by its running size, so that all move
-# at about the learning rate. The rate rises linearly at first, while these means stem from too few
-# gradients to be trusted, then falls along half a cosine: large steps to get near, small to settle.
-# Everything random is a function of (seed, step) or (seed, epoch). So nothing of it needs saving,
-# and a run that stops and goes on draws what it would have drawn.
-FORMAT = 1  # of checkpoints
-
-
+# at about the learning rate. That rises linearly at first, while these means stem from too few
+# gradients to be trusted, then falls along half a cosine: large steps to get near, small ones to
+# settle. Everything random is a function of (seed, step) or (seed, epoch), so that none of it needs
+# saving: a run that stops and goes on draws what it would have drawn.
 def save_checkpoint(path, model, tokenizer, training_state=None):
-    """Write all that is needed to go on to one file; a kill leaves the previous one or this one.
-    Raises OSError where the disk is full or can't be written to."""
-    content = {"format": FORMAT, "config": asdict(model.config), "weights": model.state_dict()}
+    """Write all that is needed to go on; a kill leaves the previous file or this one, a full disk
+    the previous one and an OSError."""
+    content = {"format": 1, "config": asdict(model.config), "weights": model.state_dict()}
     tokens = " ".join(token.hex() for token in tokenizer._mergeable_ranks)  # as text it loads fast
     content["tokenizer"] = (tokenizer.name, tokens, tokenizer.eot_token)
     try:
@@ -486,15 +474,15 @@ def save_checkpoint(path, model, tokenizer, training_state=None):
 
 
 def load_checkpoint(path, **changes):
-    """The (model, tokenizer, training_state or None) that save_checkpoint wrote; `changes` replace
-    fields of its GPTConfig. The file is mapped: weights are read from the disk when first used.
-    Raises ValueError for one that is damaged or not of this program and format."""
+    """The (model, tokenizer, training_state or None) of a file that save_checkpoint wrote, mapped,
+    not read; `changes` replace fields of the GPTConfig. ValueError for a damaged or foreign
+    file."""
     require(os.path.isfile(path), f"there is no file {path}; train first, or name another")
     try:
         with zipfile.ZipFile(path) as archive:  # it has checksums, which torch.load doesn't look at
             require(archive.testzip() is None, "a checksum differs")
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        require(content["format"] == FORMAT, f"its format is {content['format']}, not {FORMAT}")
+        require(content["format"] == 1, f"its format is {content['format']}, not 1")
         with torch.device("meta"):  # shapes without memory: the file's tensors take their places
             model = GPT(GPTConfig(**content["config"] | changes)).eval()
         model.load_state_dict(content["weights"], assign=True)
@@ -557,17 +545,16 @@ def summarise(out):
             heights = 7.99 * (points - min(points)) / (np.ptp(points) or 1)
             line = "".join("▁▂▃▄▅▆▇█"[int(height)] for height in heights)
             progress(f"{name:>10} {losses[0]:6.3f} {line} {losses[-1]:.3f}, best {min(losses):.3f}")
-    progress(f"{out}/checkpoint.pt has the last weights, {out}/best.pt the best for new text")
-    progress(f"try: python gpt.py sample --checkpoint {out}/checkpoint.pt --temperature 0")
+    progress(f"{out}/checkpoint.pt has the last weights, {out}/best.pt the best for new text; try:")
+    progress(f"python gpt.py sample --checkpoint {out}/checkpoint.pt --temperature 0")
 
 
 def prepare(name, dtype):
-    """The torch.device and torch.dtype of these names, auto being the best that is there, ready.
-
-    On a processor two settings halve the time of a step. glibc gives large buffers back to the
-    system and gets them zeroed page by page, a third of a step; mallopt() makes it keep them. And
-    PyTorch leaves float32 products to MKL, on AMD half as fast as oneDNN, which gets them where
-    bfloat16 is allowed. Intel's AMX then does round: x times 1 isn't x, and it is forbidden again."""
+    """The torch.device and torch.dtype of these names, auto being the best there is, made ready: on
+    a processor two settings halve the time of a step. glibc gives large buffers back to the system
+    and gets them zeroed page by page; mallopt() makes it keep them. PyTorch has float32 products
+    done by MKL, on AMD half as fast as oneDNN, which does them where bfloat16 is allowed.
+    Processors with AMX then really round, x times 1 isn't x, and it is forbidden again."""
     here = ["cpu"] + ["mps"] * torch.backends.mps.is_available()
     here += ["cuda"] * torch.cuda.is_available()
     require(name in ("auto", *here), f"--device {name} is not there, only {', '.join(here)}")
@@ -585,10 +572,6 @@ def prepare(name, dtype):
     return device, getattr(torch, "float32" if dtype == "auto" else dtype)
 
 
-KEPT = set("data val_fraction tokenizer size gpt2 context n_layer n_head n_embd dropout".split())
-KEPT |= set("from_scratch stride learning_rate warmup weight_decay clip prompt seed".split())
-
-
 def start(given, world):
     """A run, new or resumed -> (options, model, tokenizer, state)."""
     options, state = Options("train", **given), {"step": 0, "best_val_loss": math.inf}
@@ -598,7 +581,9 @@ def start(given, world):
         model, tokenizer, state = load_checkpoint(Path(options.out, "checkpoint.pt"))
         require(state, "only a checkpoint.pt of train can be resumed, not weights alone")
         saved, done = state["options"], state["step"]
-        changed = ", ".join(name for name in given if name in KEPT and given[name] != saved[name])
+        free = {"out", "resume", "steps", "eval_every", "save_every", "sample_every", "batch_size"}
+        free |= {"accumulate", "device", "dtype", "compile"}  # what may change on the way
+        changed = ", ".join(n for n in given.keys() - free if given[n] != saved[n])
         require(not changed, f"a resumed run keeps its {changed}; leave that out, or start anew")
         options = Options("train", **saved | given)
         same = options.batch_size * options.accumulate * world == state["batch"]
@@ -610,7 +595,9 @@ def start(given, world):
     if options.gpt2:
         clash = ", ".join(given.keys() & {"size", "tokenizer", *shape})
         require(not clash, f"--gpt2 brings its own {clash}; leave out one of the two")
-        return options, *fetch_gpt2(options, **changes), state
+        folder = Path(options.gpt2_folder, options.gpt2)
+        download_gpt2(options.gpt2, folder, options.gpt2_url)
+        return options, *load_gpt2(folder, **changes), state
     text = None if options.data.endswith(".bin") else Path(options.data).read_text("utf-8")
     tokenizer = load_tokenizer(options.tokenizer, options.gpt2_folder, text)
     config = replace(SIZES[options.size], vocab_size=tokenizer.n_vocab, **shape, **changes)
@@ -636,9 +623,9 @@ def open_log(out, step):
 
 
 def train(**given):
-    """Train a GPT as the options say, at their defaults unless given, and return it. Writes
-    checkpoint.pt, best.pt and log.csv into the folder `out`. Raises ValueError or OSError for what
-    is wrong with options, data or disk, and SystemExit after SIGINT or SIGTERM."""
+    """Train a GPT as the options say, at their defaults unless given; fills the folder `out`; ->
+    model. Raises ValueError or OSError for what is wrong with options, data or disk, SystemExit on
+    a signal."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     options, model, tokenizer, state = start(given, world)
     out, (device, dtype) = Path(options.out), prepare(options.device, options.dtype)
@@ -740,10 +727,10 @@ def train(**given):
 # ==================================================================================================
 # 6 Decoding
 # The model gives logits for the next token; three dials shape what is drawn from them. Temperature
-# divides the logits: below 1 the probable becomes more so, 0 takes the best. Top-k leaves the k most
-# probable tokens (Fan et al. 2018, section 5), top-p the fewest most probable ones that together have
-# probability p (Holtzman et al. 2020, section 3.1). Temperature comes first because it changes how
-# many tokens it takes to reach p.
+# divides the logits: below 1 the probable becomes more so, 0 takes the best. Top-k leaves the k
+# most probable tokens (Fan et al. 2018, section 5), top-p the fewest most probable ones that
+# together have probability p (Holtzman et al. 2020, section 3.1): how many depends on the
+# temperature, which is why that comes first.
 def encode(tokenizer, text, device):
     """text -> its tokens (1, T); an empty one is <|endoftext|>, behind which texts begin."""
     tokens = tokenizer.encode(text, allowed_special="all") or [tokenizer.eot_token]
@@ -766,25 +753,21 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
 
 
-# A full window can't just drop its first token: each position has its own vector, so every key and
-# value would change. Instead the newest half is read afresh from position 0 on, once in
-# context_length / 2 tokens, so that a token costs the same however long the text gets:
-#     [ a b c d e f g h ] is full and i comes   ->   [ f g h i . . . . ]
+# A full window can't just drop its first token: every position, so every key and value, would
+# change. Instead the newest half is read afresh from position 0 on, once in context_length / 2
+# tokens, so that a token costs the same however long the text:  [ a b c d e f g h ] and i  ->  [ f
+# g h i . . . . ]
 def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos=None,
              seed=None, use_cache=True, samples=1):  # fmt: skip
-    """Yield the next token of each row, int64 (B * samples,), again and again. prompt: int64 (B, T),
-    of which the newest window is read; each row is continued `samples` times from one reading. A row
-    that has produced eos yields nothing else; all such rows end the iterator. Without the cache the
-    same tokens come, slower. Raises ValueError for logits that aren't finite."""
-    context, device, dtype = (
-        model.config.context_length,
-        prompt.device,
-        model.final_norm.weight.dtype,
-    )
+    """Yield the next token of each row, int64 (B * samples,), again and again. Of the prompt, int64
+    (B, T), the newest window is read; each row goes on in `samples` ways from one reading. Behind
+    eos a row yields only eos; all such rows end the iterator. ValueError for logits that aren't
+    finite."""
+    context, device = model.config.context_length, prompt.device
     generator = torch.Generator(device)
     generator.seed() if seed is None else generator.manual_seed(seed)
     window = unread = prompt[:, -context:]
-    length = min(context, window.shape[1] + max_new_tokens)
+    length, dtype = min(context, window.shape[1] + max_new_tokens), model.final_norm.weight.dtype
     cache = KVCache(model.config, len(prompt), length, device, dtype) if use_cache else None
     ended = torch.zeros(samples * len(prompt), dtype=torch.bool, device=device)
     for n in range(max_new_tokens):
@@ -813,10 +796,10 @@ def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=N
 
 # ==================================================================================================
 # 7 GPT-2 weights
-# OpenAI published each size as a TensorFlow checkpoint. Where nn.Linear computes x Wᵀ with W
-# (out, in), src/model.py computes x w with w (1, in, out), a convolution of width 1 (conv1d()): so
-# each w loses its first dimension and is transposed. c_attn holds query, key and value side by
-# side, w (1, C, 3C) = [ Wq | Wk | Wv ] and b (3C,), and is cut into the three.
+# OpenAI published each size as a TensorFlow checkpoint. Where nn.Linear computes x Wᵀ with W (out,
+# in), src/model.py has x w with w (1, in, out), a convolution of width 1 (conv1d()): each w loses
+# its first dimension and is transposed. c_attn holds query, key and value side by side, [ Wq | Wk |
+# Wv ], and is cut into the three.
 GPT2_FILES = ["hparams.json", "encoder.json", "vocab.bpe", "model.ckpt.index"]
 GPT2_FILES += ["model.ckpt.data-00000-of-00001"]
 GPT2_LAYERS = {  # a layer in OpenAI's block h0, h1, ...: those in ours; variables w or g (gain), b
@@ -830,9 +813,9 @@ GPT2_LAYERS = {  # a layer in OpenAI's block h0, h1, ...: those in ours; variabl
 
 
 def download_gpt2(size, folder, url=None):
-    """Fetch those of OpenAI's five files of a size that the folder lacks, and return the folder.
-    Goes on where an earlier call broke off. Raises OSError, with the address, for whatever the
-    network, the server or the disk does wrong."""
+    """Fetch those of OpenAI's five files that the folder lacks, going on where an earlier call
+    broke off. Raises OSError, with the address, for whatever the network, the server or the disk
+    does."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     for path in (Path(folder) / name for name in GPT2_FILES):
         part, address = Path(f"{path}.part"), f"{url or GPT2_URL}/{size}/{path.name}"
@@ -857,7 +840,6 @@ def download_gpt2(size, folder, url=None):
         except Exception as error:  # of urllib, http.client, the disk
             raise OSError(f"{address}: {error}; run it again to go on from there") from error
         progress(f"{path} {total / 1e6:.1f} MB")
-    return folder
 
 
 def convert_gpt2(folder):
@@ -898,8 +880,8 @@ def convert_gpt2(folder):
 
 
 def load_gpt2(folder, **changes):
-    """The (model, tokenizer) in a folder with OpenAI's five files; needs no network. The first call
-    converts them to model.pt; later ones read that, without TensorFlow. `changes` replace fields of
+    """The (model, tokenizer) in a folder with OpenAI's five files, without network. The first call
+    makes model.pt of them, which later ones read without TensorFlow; `changes` replace fields of
     the GPTConfig. Raises ValueError with the name of a missing, unknown or misshapen variable."""
     converted = Path(folder) / "model.pt"
     if not converted.exists():
@@ -907,23 +889,17 @@ def load_gpt2(folder, **changes):
     return load_checkpoint(converted, **changes)[:2]
 
 
-def fetch_gpt2(options, **changes):
-    """load_gpt2 of the size in the options, downloaded if it isn't here yet."""
-    folder = Path(options.gpt2_folder, options.gpt2)
-    return load_gpt2(download_gpt2(options.gpt2, folder, options.gpt2_url), **changes)
-
-
 # ==================================================================================================
 # 8 Command line
 def sample(**given):
     """Print continuations of a prompt as the options say, at their defaults unless given."""
     options = Options("sample", **given)
-    require(
-        not (options.gpt2 and "checkpoint" in given), "leave out --gpt2 or --checkpoint, not both"
-    )
+    require(not (options.gpt2 and "checkpoint" in given), "leave out --gpt2 or --checkpoint")
     device, dtype = prepare(options.device, options.dtype)
-    found = fetch_gpt2(options) if options.gpt2 else load_checkpoint(options.checkpoint)
-    model, tokenizer = found[:2]
+    folder, checkpoint = Path(options.gpt2_folder, options.gpt2 or ""), options.checkpoint
+    if options.gpt2:
+        download_gpt2(options.gpt2, folder, options.gpt2_url)
+    model, tokenizer = load_gpt2(folder) if options.gpt2 else load_checkpoint(checkpoint)[:2]
     model.to(device, dtype)
     if options.compile:
         model.compile(dynamic=True)
