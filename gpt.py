@@ -100,8 +100,7 @@ class Options(argparse.Namespace):
     t   eval_every     20     1..         steps between measurements of the validation loss
     t   save_every     100    1..         steps between checkpoints
     t   sample_every   100    1..         steps between samples of text
-    t   prompt         I HAD always  text  what these samples go on from
-    s   prompt         I HAD always thought  text  the text to continue; - reads standard input
+    ts  prompt         I HAD always thought  text  the text to continue; of s, - reads standard input
     s   tokens         100    1..         the most tokens to add
     s   temperature    0.8    0.0..1e6    0 greedy, below 1 bolder, above 1 more varied
     s   top_k          50     1..         draw among the k most probable tokens
@@ -117,27 +116,23 @@ class Options(argparse.Namespace):
     t   resume         -      switch      go on from the checkpoint in that folder"""
 
     def __init__(self, command, **given):
-        super().__init__(**{name: default for name, default, _, _ in self.table(command)} | given)
+        for name, default, values, _, _ in self.table(command):
+            value = given.get(name, default)
+            if ".." in values and value is not None:
+                low, high = values.split("..")
+                inside = float(low) <= value <= float(high or 1e12)  # which NaN never is
+                require(inside, f"--{name.replace('_', '-')} is {value}, it must be in {values}")
+            setattr(self, name, value)
 
     @classmethod
     def table(cls, command):
-        """Name, default, keywords for argparse's add_argument, explanation, of each option."""
+        """Each option's name, default, values, their type (str, int, float), and explanation."""
         for line in cls.__doc__.splitlines()[3:]:
             commands, name, default, values, text = re.split(r"  +", line.strip(), maxsplit=4)
-            parse = functools.partial(cls.number, values) if ".." in values else str
-            keywords = {"choices": values.split("|")} if "|" in values else {"type": parse}
-            keywords = {"action": "store_true"} if values == "switch" else keywords
+            kind = float if ".." in values else str
+            kind = int if re.match(r"\d+\.\.", values) else kind
             if command[0] in commands:
-                yield name, None if default == "-" else parse(default), keywords, text
-
-    @staticmethod
-    def number(values, text):
-        low, high = values.split("..")
-        with contextlib.suppress(ValueError):
-            value = int(text) if low.isdigit() else float(text)
-            if float(low) <= value <= float(high or 1e12):  # NaN isn't
-                return value
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number in the range {values}")
+                yield name, None if default == "-" else kind(default), values, kind, text
 
 
 # ==================================================================================================
@@ -147,11 +142,10 @@ class Options(argparse.Namespace):
 # network works on each row by itself. B texts of T tokens travel together, as x (B, T, C).
 # nn.Linear(m, n) holds W (n, m) and b (n,), and maps x (..., m) to x Wᵀ + b (..., n).
 class LayerNorm(nn.Module):
-    """Each row brought to mean 0 and variance 1, then scaled and shifted by learned numbers, so
-    that a layer behind it reads numbers of one size, however far the stream has grown. Over the C
-    of a row,
+    """Each row of C numbers brought to mean 0 and variance 1, then scaled and shifted as learned.
         y = (x - mean) / sqrt(variance + eps) * weight + bias        (B, T, C) -> (B, T, C)
-    Source: Ba et al. 2016, section 3.1; src/model.py, norm()."""
+    So a layer behind it reads numbers of one size, however far the stream has grown. Source: Ba et
+    al. 2016, section 3.1; src/model.py, norm()."""
 
     def __init__(self, config):
         super().__init__()
@@ -230,7 +224,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """What a token makes of what it has gathered: gelu(x W₁ᵀ + b₁) W₂ᵀ + b₂, wider inside by four.
+    """What a token makes of what it has gathered: gelu(x W₁ᵀ + b₁) W₂ᵀ + b₂, 4 times wider inside.
     Two thirds of a block's parameters. (B, T, C) -> (B, T, C). Source: src/model.py, mlp()."""
 
     def __init__(self, config):
@@ -247,9 +241,9 @@ class FeedForward(nn.Module):
 
 class TransformerBlock(nn.Module):
     """x = x + attention(norm_1(x)), then x = x + feed_forward(norm_2(x)): (B, T, C) -> (B, T, C).
-    The norms stand before the layers, off the stream (pre-LayerNorm; in 2017 they stood on it),
-    which so is a plain sum from bottom to top: through it the gradient reaches every layer
-    undiminished, and deep stacks train easily. Source: GPT-2, section 2.3."""
+    The norms stand before the layers (pre-LayerNorm; in 2017 they stood on the stream), so that the
+    stream is a plain sum from bottom to top, through which the gradient reaches every layer
+    undiminished: deep stacks train easily. Source: GPT-2, section 2.3."""
 
     def __init__(self, config):
         super().__init__()
@@ -271,7 +265,6 @@ class TransformerBlock(nn.Module):
 # Attention by itself is blind to order, so each place in the window has a learned vector as well.
 # The head, which turns a row into V scores, is the token embedding once more ("tied"): what is near
 # a token's vector predicts that token. This saves V * C parameters, 38.6 of 163 million in 124M.
-#
 # Thanks to the mask, keys and values never depend on later tokens. When a text grows they stay what
 # they were, so they are computed once and kept, and only new tokens' rows go through the blocks:
 #     read "I HAD"      [ I | HAD |        |     ]   cache.length 2
@@ -352,21 +345,14 @@ WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 
 def make_tokenizer(name, ranks, end_of_text):
     """A tiktoken.Encoding from ranks, {bytes of a token: its number}; lower ones merge first."""
-    parts = {
-        "pat_str": WORDS,
-        "mergeable_ranks": ranks,
-        "special_tokens": {END_OF_TEXT: end_of_text},
-    }
-    return tiktoken.Encoding(name, **parts)
+    special = {END_OF_TEXT: end_of_text}
+    return tiktoken.Encoding(name, pat_str=WORDS, mergeable_ranks=ranks, special_tokens=special)
 
 
 def read_gpt2_tokenizer(folder):
-    """The tokenizer in OpenAI's encoder.json, whose numbers are the ranks. Bytes that can't be
-    printed stand there as chr(256), chr(257), ...: src/encoder.py, bytes_to_unicode()."""
+    """The tokenizer in OpenAI's encoder.json, which numbers the tokens in the order learned. Bytes that
+    can't be printed stand there as chr(256), chr(257), ...: src/encoder.py, bytes_to_unicode()."""
     ranks = json.loads((folder / "encoder.json").read_text("utf-8"))
-    merges = (folder / "vocab.bpe").read_text("utf-8").split("\n")[1:-1]  # behind a version
-    fit = all(ranks.get(merge.replace(" ", "")) == 256 + n for n, merge in enumerate(merges))
-    require(fit, f"{folder}: vocab.bpe and encoder.json don't fit; delete both and run again")
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     byte = {chr(b): b for b in printable}
     byte |= {chr(256 + n): b for n, b in enumerate(sorted({*range(256)} - {*printable}))}
@@ -398,9 +384,8 @@ def load_tokenizer(name=None, folder="gpt2", text=None):
 
 def train_bpe(text, vocab_size):
     """Learn tokens from text -> {bytes: rank}, the 256 bytes first, then the learned, in order: the
-    most frequent pair of neighbours (of equals, the first met) is merged, until there are
-    vocab_size tokens or no pairs. ValueError below 256. Source: Sennrich et al. 2016, algorithm
-    1."""
+    most frequent pair of neighbours (of equals, the first met) is merged until there are vocab_size
+    tokens or no pairs. Source: Sennrich et al. 2016, algorithm 1. ValueError below 256."""
     require(vocab_size >= 256, f"a vocabulary of {vocab_size} tokens can't hold the 256 bytes")
     tokens = [bytes([b]) for b in range(256)]
     # WORDS for the standard library, which has no \p: a letter is a \w that is no digit and no _.
@@ -420,10 +405,9 @@ def train_bpe(text, vocab_size):
     return {token: rank for rank, token in enumerate(tokens)}
 
 
-# The targets are the input shifted by one token: every place has the token that follows as its
-# answer. With a stride below the context a token is met at several positions, behind texts of
-# several lengths, which a short text needs: what was met at one position only isn't recognised at
-# others.
+# The targets are the input shifted by one: every place has the token that follows as its answer. With
+# a stride below the context a token is met at several positions, behind texts of several lengths. A
+# short text needs that: what was met at one position only isn't recognised at others.
 #     tokens      I  HAD  always  thought  Jack  Gis  burn       context 4, stride 2
 #     window 0    I  HAD  always  thought                        its target: HAD always thought Jack
 #     window 1            always  thought  Jack  Gis             its target: thought Jack Gis burn
@@ -457,8 +441,7 @@ class SlidingWindows(Dataset):
 # settle. Everything random is a function of (seed, step) or (seed, epoch), so that none of it needs
 # saving: a run that stops and goes on draws what it would have drawn.
 def save_checkpoint(path, model, tokenizer, training_state=None):
-    """Write all that is needed to go on; a kill leaves the previous file or this one, a full disk
-    the previous one and an OSError."""
+    """Write all that is needed to go on. Whatever happens, the file is the previous one or this one."""
     content = {"format": 1, "config": asdict(model.config), "weights": model.state_dict()}
     tokens = " ".join(token.hex() for token in tokenizer._mergeable_ranks)  # as text it loads fast
     content["tokenizer"] = (tokenizer.name, tokens, tokenizer.eot_token)
@@ -474,9 +457,8 @@ def save_checkpoint(path, model, tokenizer, training_state=None):
 
 
 def load_checkpoint(path, **changes):
-    """The (model, tokenizer, training_state or None) of a file that save_checkpoint wrote, mapped,
-    not read; `changes` replace fields of the GPTConfig. ValueError for a damaged or foreign
-    file."""
+    """The (model, tokenizer, training_state or None) that save_checkpoint wrote, mapped, not read;
+    `changes` replace fields of the GPTConfig. ValueError for a damaged or foreign file."""
     require(os.path.isfile(path), f"there is no file {path}; train first, or name another")
     try:
         with zipfile.ZipFile(path) as archive:  # it has checksums, which torch.load doesn't look at
@@ -550,11 +532,11 @@ def summarise(out):
 
 
 def prepare(name, dtype):
-    """The torch.device and torch.dtype of these names, auto being the best there is, made ready: on
-    a processor two settings halve the time of a step. glibc gives large buffers back to the system
-    and gets them zeroed page by page; mallopt() makes it keep them. PyTorch has float32 products
-    done by MKL, on AMD half as fast as oneDNN, which does them where bfloat16 is allowed.
-    Processors with AMX then really round, x times 1 isn't x, and it is forbidden again."""
+    """The torch.device and torch.dtype of these names, auto the best there is. On a processor two
+    settings halve the time of a step. glibc returns large buffers to the system and gets them back
+    zeroed page by page; mallopt() makes it keep them. PyTorch has MKL do float32 products, on AMD in
+    twice the time of oneDNN, which does them where bfloat16 is allowed. Processors with AMX do then
+    round, so that x times 1 isn't x: there it is forbidden again."""
     here = ["cpu"] + ["mps"] * torch.backends.mps.is_available()
     here += ["cuda"] * torch.cuda.is_available()
     require(name in ("auto", *here), f"--device {name} is not there, only {', '.join(here)}")
@@ -575,6 +557,7 @@ def prepare(name, dtype):
 def start(given, world):
     """A run, new or resumed -> (options, model, tokenizer, state)."""
     options, state = Options("train", **given), {"step": 0, "best_val_loss": math.inf}
+    state["log"] = "step,train_loss,val_loss,learning_rate,tokens_per_second\n"
     if "data" not in given:  # the story lies beside this file
         options.data = str(Path(__file__).resolve().with_name(options.data))
     if options.resume:
@@ -606,26 +589,9 @@ def start(given, world):
     return options, GPT(config), tokenizer, state
 
 
-def open_log(out, step):
-    """out/log.csv, without what a killed run wrote behind its checkpoint's step."""
-    if step == 0:
-        if (out / "checkpoint.pt").exists() or (out / "best.pt").exists():  # an earlier run
-            names = (out.with_name(f"{out.name}.{n}") for n in itertools.count(1))
-            out.rename(free := next(name for name in names if not name.exists()))
-            progress(f"{out} held an earlier run, which is now in {free}")
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "log.csv").write_text("step,train_loss,val_loss,learning_rate,tokens_per_second\n")
-    log = open(out / "log.csv", "r+")  # noqa: SIM115
-    for _ in range(step + 1):  # the header and a row for each step
-        log.readline()
-    log.truncate(log.tell())
-    return log
-
-
 def train(**given):
-    """Train a GPT as the options say, at their defaults unless given; fills the folder `out`; ->
-    model. Raises ValueError or OSError for what is wrong with options, data or disk, SystemExit on
-    a signal."""
+    """Train a GPT as the options say, at their defaults unless given -> the model. Raises ValueError or
+    OSError for what is wrong with options, data or disk, and SystemExit on a signal."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     options, model, tokenizer, state = start(given, world)
     out, (device, dtype) = Path(options.out), prepare(options.device, options.dtype)
@@ -637,7 +603,7 @@ def train(**given):
     cut = len(tokens) - int(len(tokens) * options.val_fraction)  # behind it, for validation only
     context, V = options.context or model.config.context_length, model.config.vocab_size
     windows = SlidingWindows(tokens[:cut], context, options.stride or max(1, context // 4), V)
-    few = f"{options.data} gives {cut} tokens to train on, a window takes {context + 1}"
+    few = f"{options.data}: {cut} tokens to train on, a window needs {context + 1}"
     require(len(windows) > 0, f"{few}; use more text or a smaller --context")
     short = max(1, min(context, len(tokens) - cut - 1))  # a short part, a shorter window
     val_windows = SlidingWindows(tokens[cut:], short, short, V)
@@ -656,14 +622,21 @@ def train(**given):
     if options.compile:
         model.compile()  # in place, so that parameters keep their names
     parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    log = open_log(out, state["step"]) if rank == 0 else None
+    if rank == 0:
+        if not options.resume and any(
+            (out / name).exists() for name in ("checkpoint.pt", "best.pt")
+        ):
+            free = (p for n in itertools.count(1) if not (p := Path(f"{out}.{n}")).exists())
+            progress(f"{out} held an earlier run, which is now in {out.rename(next(free))}")
+        out.mkdir(parents=True, exist_ok=True)
+        log = open(out / "log.csv", "w", buffering=1)  # noqa: SIM115
+        log.write(state["log"])  # what a killed run wrote behind its checkpoint is written again
     first, begun, signals = state["step"], time.perf_counter(), []
     batch = options.batch_size * options.accumulate * world  # windows in a step, of all processes
     state |= {"options": vars(options), "batch": batch}
     order = itertools.islice(shuffled(len(windows), options.seed, first * batch), rank, None, world)
     pinned = device.type == "cuda"  # from pinned memory a batch goes over while the GPU computes
     batches = iter(DataLoader(windows, options.batch_size, sampler=order, pin_memory=pinned))
-
     with contextlib.ExitStack() as afterwards:
         for s in (signal.SIGINT, signal.SIGTERM):  # noted, and obeyed when the step is done
             old = signal.signal(s, lambda number, frame: signals.append(number))
@@ -700,8 +673,9 @@ def train(**given):
                     if val_loss < state["best_val_loss"]:
                         state["best_val_loss"] = val_loss
                         save_checkpoint(out / "best.pt", model, tokenizer)
-                log.write(f"{done},{loss:.9g},{measured},{group['lr']:.9g},{speed:.0f}\n")
-                log.flush()
+                row = f"{done},{loss:.9g},{measured},{group['lr']:.9g},{speed:.0f}\n"
+                state["log"] += row
+                log.write(row)  # buffered by lines
                 left = (time.perf_counter() - begun) / (done - first) * (options.steps - done)
                 line = f"step {done}/{options.steps}  loss {loss:.3f}  val {measured[:5]:5}"
                 line += f"  {speed:,.0f} tokens/s  {left // 60:.0f}:{left % 60:02.0f} left"
@@ -727,10 +701,9 @@ def train(**given):
 # ==================================================================================================
 # 6 Decoding
 # The model gives logits for the next token; three dials shape what is drawn from them. Temperature
-# divides the logits: below 1 the probable becomes more so, 0 takes the best. Top-k leaves the k
-# most probable tokens (Fan et al. 2018, section 5), top-p the fewest most probable ones that
-# together have probability p (Holtzman et al. 2020, section 3.1): how many depends on the
-# temperature, which is why that comes first.
+# divides the logits: below 1 the probable becomes more so, 0 takes the best. Top-k leaves the k most
+# probable tokens (Fan et al. 2018, section 5), top-p the fewest whose probabilities reach p in sum
+# (Holtzman et al. 2020, section 3.1); temperature decides how many those are, so it comes first.
 def encode(tokenizer, text, device):
     """text -> its tokens (1, T); an empty one is <|endoftext|>, behind which texts begin."""
     tokens = tokenizer.encode(text, allowed_special="all") or [tokenizer.eot_token]
@@ -755,14 +728,12 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
 
 # A full window can't just drop its first token: every position, so every key and value, would
 # change. Instead the newest half is read afresh from position 0 on, once in context_length / 2
-# tokens, so that a token costs the same however long the text:  [ a b c d e f g h ] and i  ->  [ f
-# g h i . . . . ]
+# tokens: [ a b c d e f g h ] + i -> [ f g h i . . . . ]. So a token costs the same in any text.
 def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos=None,
              seed=None, use_cache=True, samples=1):  # fmt: skip
     """Yield the next token of each row, int64 (B * samples,), again and again. Of the prompt, int64
-    (B, T), the newest window is read; each row goes on in `samples` ways from one reading. Behind
-    eos a row yields only eos; all such rows end the iterator. ValueError for logits that aren't
-    finite."""
+    (B, T), the newest window is read; each row goes on in `samples` ways from one reading. Behind eos
+    comes only eos; when all rows are there, it ends. ValueError for logits that aren't finite."""
     context, device = model.config.context_length, prompt.device
     generator = torch.Generator(device)
     generator.seed() if seed is None else generator.manual_seed(seed)
@@ -796,10 +767,9 @@ def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=N
 
 # ==================================================================================================
 # 7 GPT-2 weights
-# OpenAI published each size as a TensorFlow checkpoint. Where nn.Linear computes x Wᵀ with W (out,
-# in), src/model.py has x w with w (1, in, out), a convolution of width 1 (conv1d()): each w loses
-# its first dimension and is transposed. c_attn holds query, key and value side by side, [ Wq | Wk |
-# Wv ], and is cut into the three.
+# OpenAI published each size as a TensorFlow checkpoint. Where nn.Linear has x Wᵀ with W (out, in),
+# src/model.py has x w with w (1, in, out), a convolution of width 1 (conv1d()): each w loses its
+# first dimension and is transposed. c_attn, [ Wq | Wk | Wv ], is cut into query, key and value.
 GPT2_FILES = ["hparams.json", "encoder.json", "vocab.bpe", "model.ckpt.index"]
 GPT2_FILES += ["model.ckpt.data-00000-of-00001"]
 GPT2_LAYERS = {  # a layer in OpenAI's block h0, h1, ...: those in ours; variables w or g (gain), b
@@ -813,17 +783,17 @@ GPT2_LAYERS = {  # a layer in OpenAI's block h0, h1, ...: those in ours; variabl
 
 
 def download_gpt2(size, folder, url=None):
-    """Fetch those of OpenAI's five files that the folder lacks, going on where an earlier call
-    broke off. Raises OSError, with the address, for whatever the network, the server or the disk
-    does."""
+    """Fetch those of OpenAI's files that the folder lacks, going on where an earlier call broke off.
+    Raises OSError, with the address, for whatever the network, the server or the disk does."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     for path in (Path(folder) / name for name in GPT2_FILES):
         part, address = Path(f"{path}.part"), f"{url or GPT2_URL}/{size}/{path.name}"
         if path.exists() or path.with_name("model.pt").exists():
             continue
         try:
-            # The last byte is asked for again: a range beginning behind the end would be refused.
-            have = max(0, part.stat().st_size - 1) if part.exists() else 0
+            have = (
+                max(0, part.stat().st_size - 1) if part.exists() else 0
+            )  # asks for 1 byte at least
             request = urllib.request.Request(address, headers={"Range": f"bytes={have}-"})
             with urllib.request.urlopen(request, timeout=30) as answer:
                 have = have if answer.status == 206 else 0  # else all of the file comes
@@ -881,8 +851,8 @@ def convert_gpt2(folder):
 
 def load_gpt2(folder, **changes):
     """The (model, tokenizer) in a folder with OpenAI's five files, without network. The first call
-    makes model.pt of them, which later ones read without TensorFlow; `changes` replace fields of
-    the GPTConfig. Raises ValueError with the name of a missing, unknown or misshapen variable."""
+    makes model.pt of them, which later ones read without TensorFlow. `changes` as above. ValueError
+    with the name of a missing, unknown or misshapen variable."""
     converted = Path(folder) / "model.pt"
     if not converted.exists():
         save_checkpoint(converted, *convert_gpt2(Path(folder)))
@@ -919,31 +889,33 @@ def sample(**given):
                 print(utf8.decode(piece) * streaming, end="", flush=True)
     seconds = time.perf_counter() - started
     print(utf8.decode(b"", final=True), end="\n" * streaming)
-    for n, continued in enumerate(texts if not streaming else [], start=1):
+    for n, continued in enumerate(texts[streaming:], start=1):
         print(f"--- sample {n} ---\n{continued.decode(errors='replace')}\n")
     progress(f"{total} tokens in {seconds:.2f} s: {total / seconds:.1f} tokens per second")
 
 
-class Parser(argparse.ArgumentParser):
-    """An argparse that answers a mistake with one line."""
-
-    def error(self, message):
-        progress("", keep=False)
-        print("\rgpt.py: error:", *str(message).split(), file=sys.stderr)
-        raise SystemExit(2)
+def fail(message):
+    """End with one line on standard error and status 2."""
+    progress("", keep=False)  # over a line that was still being rewritten
+    print("\rgpt.py: error:", *str(message).split(), file=sys.stderr)
+    raise SystemExit(2)
 
 
 def main(argv=None):
     """Run the command line; SystemExit(2) for a user's mistake."""
-    parser = Parser(prog="gpt.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    commands = parser.add_subparsers(required=True)
+    about = __doc__.splitlines()[0]
+    parser = argparse.ArgumentParser("gpt.py", description=about, allow_abbrev=False)
+    commands, parser.error = parser.add_subparsers(required=True), fail
     for run in (train, sample):
         command = commands.add_parser(run.__name__, help=run.__doc__, allow_abbrev=False)
         command.set_defaults(run=run)
-        for name, default, keywords, text in Options.table(run.__name__):
-            text += f" [{default}]" if default else ""
+        command.error = fail
+        for name, default, values, kind, text in Options.table(run.__name__):
+            keywords = {"choices": values.split("|")} if "|" in values else {"type": kind}
+            keywords = {"action": "store_true"} if values == "switch" else keywords
+            keywords["help"] = text + (f" [{default}]" if default else "")
             name = "--" + name.replace("_", "-")
-            command.add_argument(name, default=argparse.SUPPRESS, help=text, **keywords)
+            command.add_argument(name, default=argparse.SUPPRESS, **keywords)
     given = vars(parser.parse_args(argv))
     try:
         given.pop("run")(**given)
@@ -952,9 +924,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except UnicodeDecodeError as error:
-        parser.error(f"the text is not UTF-8: {error}")
+        fail(f"the text is not UTF-8: {error}")
     except (ValueError, OSError) as error:
-        parser.error(error)
+        fail(error)
 
 
 if __name__ == "__main__":
