@@ -10,9 +10,9 @@ row, the probability of every token of its vocabulary to come next. Training mov
 until the tokens that do come next are probable; sampling draws one, appends it and asks again.
 Sections: 1 Config, 2 Layers, 3 Model, 4 Dataset, 5 Training, 6 Decoding, 7 GPT-2 weights, 8 Command
 line. "GPT-2" is Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; src/...
-are files of github.com/openai/gpt-2. Letters of shapes: B batch, rows side by side; T time, the
-tokens of a row in one call; S tokens seen, those T and a cache's; C channels, the n_embd numbers
-that stand for a token; H heads, and D = C / H, the channels of one; V vocabulary, its tokens."""
+are files of github.com/openai/gpt-2. Letters of shapes: B batch, rows side by side; T time, tokens
+of a row in one call; S tokens seen, T and a cache's; C channels, the n_embd numbers that stand for
+a token; H heads, and D = C / H, the channels of one; V vocabulary, how many tokens there are."""
 
 import argparse, codecs, contextlib, ctypes, functools, itertools, json, math  # noqa: I001
 import os, re, signal, sys, time, urllib.request, zipfile
@@ -66,54 +66,53 @@ GPT2_CONFIGS = {  # the four that OpenAI published, by their number of parameter
     "774M": GPTConfig(n_embd=1280, n_head=20, n_layer=36),
     "1558M": GPTConfig(n_embd=1600, n_head=25, n_layer=48),
 }
-# What two processor cores can train while you watch: 30 million, 19 of them the token embedding.
-SIZES = {"small": GPTConfig(context_length=64, n_embd=384, n_head=6, n_layer=6), **GPT2_CONFIGS}
+SIZES = {"small": GPTConfig(context_length=64, n_embd=384, n_head=6, n_layer=4), **GPT2_CONFIGS}
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 
 
 class Options(argparse.Namespace):
-    """The options of a command (t train, s sample): those given, else the defaults in this table. A
-    line is: commands, name, default (- is None), values (a|b a choice, 1.. whole numbers, 0.0..1
-    numbers, text, or a switch), explanation [of None]. Section 8 makes the command line from it.
-    t   data           the-verdict.txt  text  UTF-8, or .bin: raw uint16 tokens of GPT-2's vocabulary
-    t   val_fraction   0.1    0.0..0.99   the end of the data, kept for validation
-    t   tokenizer      -      text        gpt2, or N: learn N tokens from the data [gpt2, else 1024]
-    t   size           small  small|124M|355M|774M|1558M  the shape of a new model
-    ts  gpt2           -      124M|355M|774M|1558M  use OpenAI's weights
-    ts  gpt2_folder    gpt2   text        where its files are kept, in a folder for each size
-    ts  gpt2_url       -      text        where they come from [OpenAI]
-    s   checkpoint     out/checkpoint.pt  text  a model that was trained here
-    t   context        -      1..         tokens in a window [the size's]
-    t   n_layer        -      1..         blocks [the size's]
-    t   n_head         -      1..         attention heads [the size's]
-    t   n_embd         -      1..         channels [the size's]
-    t   dropout        0      0.0..0.99   share of activations zeroed while training
-    t   from_scratch   -      switch      run the hand-written arithmetic, not PyTorch's kernels
-    t   steps          200    1..         optimizer steps, in all
-    t   batch_size     8      1..         windows that each process reads at once
-    t   accumulate     1      1..         such batches to one optimizer step
-    t   stride         -      1..         tokens from window to window [a quarter of the context]
-    t   learning_rate  1e-3   0.0..1e9    the highest, at the end of the warm-up
-    t   warmup         20     0..         steps in which the learning rate rises
-    t   weight_decay   0.1    0.0..10     pull of matrices and embeddings towards 0
-    t   clip           1      1e-9..      longest gradient let through, as a norm
-    t   eval_every     20     1..         steps between measurements of the validation loss
-    t   save_every     100    1..         steps between checkpoints
-    t   sample_every   100    1..         steps between samples of text
-    ts  prompt         I HAD always thought  text  the text to continue; of s, - reads standard input
-    s   tokens         100    1..         the most tokens to add
-    s   temperature    0.8    0.0..1e6    0 greedy, below 1 bolder, above 1 more varied
-    s   top_k          50     1..         draw among the k most probable tokens
-    s   top_p          1      1e-9..1     draw among the likeliest, p of the probability
-    s   samples        1      1..         how many continuations
-    s   ignore_eos     -      switch      go on behind <|endoftext|>
-    s   no_cache       -      switch      read the whole text again for each token (to compare)
-    ts  seed           1      0..         of all that is random
-    ts  device         auto   auto|cpu|cuda|mps  where to compute
-    ts  dtype          auto   auto|float32|bfloat16|float16  to compute in, on a GPU 16 bits
-    ts  compile        -      switch      let torch.compile fuse the arithmetic; starts slowly
-    t   out            out    text        folder for checkpoint.pt, best.pt and log.csv
-    t   resume         -      switch      go on from the checkpoint in that folder"""
+    """The options of a command (t train, s sample; r: may change when a run is resumed): those given,
+    else the defaults here. A line has commands, name, default (- is None), values (a|b a choice, 1..
+    whole numbers, 0.0..1 numbers, text, or a switch), explanation [of None].
+    t    data           -      text        UTF-8, or .bin: GPT-2's tokens as raw uint16 [the-verdict.txt]
+    t    val_fraction   0.1    0.0..0.99   the end of the data, kept for validation
+    t    tokenizer      -      text        gpt2, or N: learn N tokens from the data [gpt2, else 1024]
+    t    size           small  small|124M|355M|774M|1558M  the shape of a new model
+    ts   gpt2           -      124M|355M|774M|1558M  use OpenAI's weights
+    ts   gpt2_folder    gpt2   text        where its files are kept, in a folder for each size
+    ts   gpt2_url       -      text        where they come from [OpenAI]
+    s    checkpoint     out/checkpoint.pt  text  a model that was trained here
+    t    context        -      1..         tokens in a window [the size's]
+    t    n_layer        -      1..         blocks [the size's]
+    t    n_head         -      1..         attention heads [the size's]
+    t    n_embd         -      1..         channels [the size's]
+    t    dropout        0      0.0..0.99   share of activations zeroed while training
+    t    from_scratch   -      switch      run the hand-written arithmetic, not PyTorch's kernels
+    tr   steps          200    1..         optimizer steps, in all
+    tr   batch_size     8      1..         windows that each process reads at once
+    tr   accumulate     1      1..         such batches to one optimizer step
+    t    stride         -      1..         tokens from window to window [a quarter of the context]
+    t    learning_rate  1e-3   0.0..1e9    the highest, at the end of the warm-up
+    t    warmup         20     0..         steps in which the learning rate rises
+    t    weight_decay   0.1    0.0..10     pull of matrices and embeddings towards 0
+    t    clip           1      1e-9..      longest gradient let through, as a norm
+    tr   eval_every     20     1..         steps between measurements of the validation loss
+    tr   save_every     100    1..         steps between checkpoints
+    tr   sample_every   100    1..         steps between samples of text
+    ts   prompt         I HAD always thought  text  the text to continue; of s, - reads standard input
+    s    tokens         100    1..         the most tokens to add
+    s    temperature    0.8    0.0..1e6    0 greedy, below 1 bolder, above 1 more varied
+    s    top_k          50     1..         draw among the k most probable tokens
+    s    top_p          1      1e-9..1     draw among the likeliest, p of the probability
+    s    samples        1      1..         how many continuations
+    s    ignore_eos     -      switch      go on behind <|endoftext|>
+    s    no_cache       -      switch      read the whole text again for each token (to compare)
+    ts   seed           1      0..         of all that is random
+    tsr  device         auto   auto|cpu|cuda|mps  where to compute
+    tsr  dtype          auto   auto|float32|bfloat16|float16  to compute in, on a GPU 16 bits
+    tsr  compile        -      switch      let torch.compile fuse the arithmetic; starts slowly
+    tr   out            out    text        folder for checkpoint.pt, best.pt and log.csv
+    tr   resume         -      switch      go on from the checkpoint in that folder"""
 
     def __init__(self, command, **given):
         for name, default, values, _, _ in self.table(command):
@@ -137,10 +136,10 @@ class Options(argparse.Namespace):
 
 # ==================================================================================================
 # 2 Layers
-# A token travels through the network as a vector of C numbers, its row of the residual stream. A
-# block adds to the stream twice: attention moves information from row to row, the feed-forward
-# network works on each row by itself. B texts of T tokens travel together, as x (B, T, C).
-# nn.Linear(m, n) holds W (n, m) and b (n,), and maps x (..., m) to x Wᵀ + b (..., n).
+# A token travels through the network as a row of C numbers, its residual stream. A block adds to it
+# twice: attention moves information from row to row, the feed-forward network works on each row by
+# itself. B texts of T tokens travel together, as x (B, T, C). nn.Linear(m, n) holds W (n, m) and b
+# (n,), and maps x (..., m) to x Wᵀ + b (..., n).
 class LayerNorm(nn.Module):
     """Each row of C numbers brought to mean 0 and variance 1, then scaled and shifted as learned.
         y = (x - mean) / sqrt(variance + eps) * weight + bias        (B, T, C) -> (B, T, C)
@@ -163,9 +162,9 @@ class LayerNorm(nn.Module):
 
 class GELU(nn.Module):
     """x times the probability that a standard normal number is below x: a ReLU with a soft knee.
-        gelu(x) ≈ x/2 (1 + tanh(sqrt(2/π) (x + 0.044715 x³)))
-    The exact form takes the error function, once slow; GPT-2 was trained with this approximation,
-    so its weights expect it. Source: Hendrycks and Gimpel 2016, section 2; src/model.py, gelu()."""
+    The exact form takes the error function, once slow; GPT-2 learned with this approximation:
+        gelu(x) ≈ x/2 (1 + tanh(sqrt(2/π) (x + 0.044715 x³)))           any shape -> the same
+    Source: Hendrycks and Gimpel 2016, section 2; src/model.py, gelu()."""
 
     def __init__(self, config):
         super().__init__()
@@ -184,11 +183,11 @@ class CausalSelfAttention(nn.Module):
     score, query times key, sums D products, so it grows like sqrt(D); divided by that it keeps a
     size at which the softmax isn't one hard choice with no gradient left. The mask makes the scores
     of later tokens -∞ before the softmax, so that the weights of those that may be seen sum to 1:
-                        key:   I   HAD  always
+                        key:   I   HAD  always     (B, T, C) -> (B, T, C)
         query  I              1.0   0     0        Row t knows tokens up to t only. So one pass over
                HAD            0.7  0.3    0        a text gives a prediction at all T places, and
                always         0.3  0.1   0.6       none of them could look at its answer.
-    (B, T, C) -> (B, T, C). Source: Vaswani et al. 2017, section 3.2; src/model.py, attn()."""
+    Source: Vaswani et al. 2017, section 3.2; src/model.py, attn()."""
 
     def __init__(self, config):
         super().__init__()
@@ -241,9 +240,9 @@ class FeedForward(nn.Module):
 
 class TransformerBlock(nn.Module):
     """x = x + attention(norm_1(x)), then x = x + feed_forward(norm_2(x)): (B, T, C) -> (B, T, C).
-    The norms stand before the layers (pre-LayerNorm; in 2017 they stood on the stream), so that the
-    stream is a plain sum from bottom to top, through which the gradient reaches every layer
-    undiminished: deep stacks train easily. Source: GPT-2, section 2.3."""
+    The norms stand before the layers (pre-LayerNorm), not on the stream as in 2017: that is a plain
+    sum from bottom to top, through which the gradient reaches every layer undiminished, so that
+    deep stacks train easily. Source: GPT-2, section 2.3."""
 
     def __init__(self, config):
         super().__init__()
@@ -326,8 +325,8 @@ def cross_entropy(logits, targets):
     """Mean negative log-likelihood in nats: logits (..., V), targets (...) int64 -> a scalar.
         loss = mean of -log softmax(logits)[target] = mean of log(sum of exp(logits)) -
         logits[target]
-    A model that knows nothing gives each token 1/V, so the loss starts near ln V, 10.8 for GPT-2's
-    vocabulary. logsumexp takes the largest logit out of the sum first, so no exp can overflow."""
+    Who knows nothing gives each token 1/V: the loss starts near ln V, 10.8 for GPT-2's vocabulary.
+    logsumexp takes the largest logit out of the sum first, so that no exp overflows."""
     logits = logits if logits.dtype == torch.float64 else logits.float()  # sums need 32 bits
     chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)  # (B, T, V) -> (B, T)
     return (logits.logsumexp(-1) - chosen).mean()
@@ -337,8 +336,8 @@ def cross_entropy(logits, targets):
 # 4 Dataset
 # GPT-2's tokenizer starts from the 256 bytes, so that it can write anything, and has learned 50,000
 # longer tokens by merging the most frequent pair of neighbours again and again (byte-pair encoding;
-# Sennrich et al. 2016, GPT-2 section 2.2), within words, which carry the space before them: WORDS,
-# of src/encoder.py, finds them. The encoding is done by tiktoken.
+# Sennrich et al. 2016, GPT-2 section 2.2), within words and the space before them. tiktoken
+# encodes.
 END_OF_TEXT = "<|endoftext|>"  # the token between two documents; text doesn't merge into it
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -350,8 +349,9 @@ def make_tokenizer(name, ranks, end_of_text):
 
 
 def read_gpt2_tokenizer(folder):
-    """The tokenizer in OpenAI's encoder.json, which numbers the tokens in the order learned. Bytes that
-    can't be printed stand there as chr(256), chr(257), ...: src/encoder.py, bytes_to_unicode()."""
+    """The tokenizer in OpenAI's encoder.json, which numbers the tokens in the order learned. Bytes
+    that can't be printed stand there as chr(256), chr(257), ...: src/encoder.py,
+    bytes_to_unicode()."""
     ranks = json.loads((folder / "encoder.json").read_text("utf-8"))
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     byte = {chr(b): b for b in printable}
@@ -362,9 +362,9 @@ def read_gpt2_tokenizer(folder):
 
 
 def load_tokenizer(name=None, folder="gpt2", text=None):
-    """GPT-2's tokenizer (name "gpt2"), one of N tokens learned from text (N), or the first that can
-    be had (None): a tiktoken.Encoding. GPT-2's is in some folder/SIZE, or else comes from tiktoken,
-    from its cache or by download; OSError if that fails."""
+    """GPT-2's tokenizer ("gpt2"), one of N tokens learned from text (N), or the first that can be
+    had (None). GPT-2's is in a folder/SIZE, or tiktoken has it, or downloads it; OSError if that
+    fails."""
     if name in (None, "gpt2"):
         for vocabulary in sorted(Path(folder).glob("*/vocab.bpe")):
             return read_gpt2_tokenizer(vocabulary.parent)
@@ -405,16 +405,16 @@ def train_bpe(text, vocab_size):
     return {token: rank for rank, token in enumerate(tokens)}
 
 
-# The targets are the input shifted by one: every place has the token that follows as its answer. With
-# a stride below the context a token is met at several positions, behind texts of several lengths. A
-# short text needs that: what was met at one position only isn't recognised at others.
+# The targets are the input shifted by one: every place has the token that follows as its answer.
+# With a stride below the context a token is met at several positions, behind texts of several
+# lengths. A short text needs that: what was met at one position only isn't recognised at others.
 #     tokens      I  HAD  always  thought  Jack  Gis  burn       context 4, stride 2
 #     window 0    I  HAD  always  thought                        its target: HAD always thought Jack
 #     window 1            always  thought  Jack  Gis             its target: thought Jack Gis burn
 class SlidingWindows(Dataset):
-    """Windows over tokens: item i is (input, target), int64 (context_length,) each, and begins at
-    token i * stride; there are as many as fit, targets included. An item reads its own tokens only,
-    so `tokens` can be a memory map. ValueError for a token that is vocab_size or more."""
+    """Item i is (input, target), int64 (context_length,) each, from token i * stride on; there are
+    as many as fit. Only its own tokens are read, so `tokens` can be a memory map. ValueError for a
+    token that is vocab_size or more."""
 
     def __init__(self, tokens, context_length, stride, vocab_size=math.inf):
         self.tokens, self.context_length = tokens, context_length
@@ -437,11 +437,17 @@ class SlidingWindows(Dataset):
 # parameter (the gradient), and move every parameter a little against it. AdamW (Loshchilov and
 # Hutter 2019) divides each parameter's running mean gradient by its running size, so that all move
 # at about the learning rate. That rises linearly at first, while these means stem from too few
-# gradients to be trusted, then falls along half a cosine: large steps to get near, small ones to
-# settle. Everything random is a function of (seed, step) or (seed, epoch), so that none of it needs
-# saving: a run that stops and goes on draws what it would have drawn.
+# gradients to be trusted, then falls along half a cosine: large steps to get near, small to settle.
+# Everything random is a function of (seed, step) or (seed, epoch), so that none of it needs saving.
+#
+# Where the time goes: a token takes 6N + 12 * n_layer * C * T operations, forward and backward. 365
+# tokens a second of 124M with T = 256 (0.77 GFLOP each) are 281 GFLOP/s, 70% of the 400 that two
+# cores reach in bare products. Where the memory goes: a parameter, its gradient and AdamW's two means
+# are 4 bytes each, 2 GB for 124M, beside the activations. bfloat16 shortens the products only: all
+# these and the loss stay float32. Accumulation and processes cut a batch in pieces with the same sum.
 def save_checkpoint(path, model, tokenizer, training_state=None):
-    """Write all that is needed to go on. Whatever happens, the file is the previous one or this one."""
+    """Write all that is needed to go on. Whatever happens, the file is the previous one or this
+    one."""
     content = {"format": 1, "config": asdict(model.config), "weights": model.state_dict()}
     tokens = " ".join(token.hex() for token in tokenizer._mergeable_ranks)  # as text it loads fast
     content["tokenizer"] = (tokenizer.name, tokens, tokenizer.eot_token)
@@ -533,10 +539,10 @@ def summarise(out):
 
 def prepare(name, dtype):
     """The torch.device and torch.dtype of these names, auto the best there is. On a processor two
-    settings halve the time of a step. glibc returns large buffers to the system and gets them back
-    zeroed page by page; mallopt() makes it keep them. PyTorch has MKL do float32 products, on AMD in
-    twice the time of oneDNN, which does them where bfloat16 is allowed. Processors with AMX do then
-    round, so that x times 1 isn't x: there it is forbidden again."""
+    settings halve a step: mallopt() makes glibc keep large buffers, which it else returns and gets
+    back zeroed page by page; and MKL, which PyTorch has do float32 products, takes twice oneDNN's
+    time on AMD. oneDNN does them where bfloat16 is allowed. A processor with AMX would then round,
+    so that x times 1 isn't x: there it is forbidden again."""
     here = ["cpu"] + ["mps"] * torch.backends.mps.is_available()
     here += ["cuda"] * torch.cuda.is_available()
     require(name in ("auto", *here), f"--device {name} is not there, only {', '.join(here)}")
@@ -558,15 +564,13 @@ def start(given, world):
     """A run, new or resumed -> (options, model, tokenizer, state)."""
     options, state = Options("train", **given), {"step": 0, "best_val_loss": math.inf}
     state["log"] = "step,train_loss,val_loss,learning_rate,tokens_per_second\n"
-    if "data" not in given:  # the story lies beside this file
-        options.data = str(Path(__file__).resolve().with_name(options.data))
+    options.data = options.data or str(Path(__file__).resolve().with_name("the-verdict.txt"))
     if options.resume:
         model, tokenizer, state = load_checkpoint(Path(options.out, "checkpoint.pt"))
         require(state, "only a checkpoint.pt of train can be resumed, not weights alone")
         saved, done = state["options"], state["step"]
-        free = {"out", "resume", "steps", "eval_every", "save_every", "sample_every", "batch_size"}
-        free |= {"accumulate", "device", "dtype", "compile"}  # what may change on the way
-        changed = ", ".join(n for n in given.keys() - free if given[n] != saved[n])
+        kept = given.keys() - {name for name, *_ in Options.table("resume")}
+        changed = ", ".join(name for name in kept if given[name] != saved[name])
         require(not changed, f"a resumed run keeps its {changed}; leave that out, or start anew")
         options = Options("train", **saved | given)
         same = options.batch_size * options.accumulate * world == state["batch"]
@@ -590,8 +594,9 @@ def start(given, world):
 
 
 def train(**given):
-    """Train a GPT as the options say, at their defaults unless given -> the model. Raises ValueError or
-    OSError for what is wrong with options, data or disk, and SystemExit on a signal."""
+    """Train a GPT as the options say, at their defaults unless given -> the model. Raises
+    ValueError or OSError for what is wrong with options, data or disk, and SystemExit on a
+    signal."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     options, model, tokenizer, state = start(given, world)
     out, (device, dtype) = Path(options.out), prepare(options.device, options.dtype)
@@ -701,9 +706,10 @@ def train(**given):
 # ==================================================================================================
 # 6 Decoding
 # The model gives logits for the next token; three dials shape what is drawn from them. Temperature
-# divides the logits: below 1 the probable becomes more so, 0 takes the best. Top-k leaves the k most
-# probable tokens (Fan et al. 2018, section 5), top-p the fewest whose probabilities reach p in sum
-# (Holtzman et al. 2020, section 3.1); temperature decides how many those are, so it comes first.
+# divides the logits: below 1 the probable becomes more so, 0 takes the best. Top-k leaves the k
+# most probable tokens (Fan et al. 2018, section 5), top-p the fewest whose probabilities reach p in
+# sum (Holtzman et al. 2020, section 3.1); temperature decides how many those are, so it comes
+# first.
 def encode(tokenizer, text, device):
     """text -> its tokens (1, T); an empty one is <|endoftext|>, behind which texts begin."""
     tokens = tokenizer.encode(text, allowed_special="all") or [tokenizer.eot_token]
@@ -732,8 +738,9 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
 def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos=None,
              seed=None, use_cache=True, samples=1):  # fmt: skip
     """Yield the next token of each row, int64 (B * samples,), again and again. Of the prompt, int64
-    (B, T), the newest window is read; each row goes on in `samples` ways from one reading. Behind eos
-    comes only eos; when all rows are there, it ends. ValueError for logits that aren't finite."""
+    (B, T), the newest window is read; each row goes on in `samples` ways from one reading. Behind
+    eos comes only eos; when all rows are there, it ends. ValueError for logits that aren't
+    finite."""
     context, device = model.config.context_length, prompt.device
     generator = torch.Generator(device)
     generator.seed() if seed is None else generator.manual_seed(seed)
@@ -783,8 +790,8 @@ GPT2_LAYERS = {  # a layer in OpenAI's block h0, h1, ...: those in ours; variabl
 
 
 def download_gpt2(size, folder, url=None):
-    """Fetch those of OpenAI's files that the folder lacks, going on where an earlier call broke off.
-    Raises OSError, with the address, for whatever the network, the server or the disk does."""
+    """Fetch those of OpenAI's files that the folder lacks, going on where an earlier call broke
+    off. Raises OSError, with the address, for whatever the network, the server or the disk does."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     for path in (Path(folder) / name for name in GPT2_FILES):
         part, address = Path(f"{path}.part"), f"{url or GPT2_URL}/{size}/{path.name}"
@@ -903,8 +910,7 @@ def fail(message):
 
 def main(argv=None):
     """Run the command line; SystemExit(2) for a user's mistake."""
-    about = __doc__.splitlines()[0]
-    parser = argparse.ArgumentParser("gpt.py", description=about, allow_abbrev=False)
+    parser = argparse.ArgumentParser("gpt.py", description=main.__doc__, allow_abbrev=False)
     commands, parser.error = parser.add_subparsers(required=True), fail
     for run in (train, sample):
         command = commands.add_parser(run.__name__, help=run.__doc__, allow_abbrev=False)
