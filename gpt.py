@@ -88,10 +88,10 @@ class Options(argparse.Namespace):
     t    n_embd         -      1..         channels [the size's]
     t    dropout        0      0.0..0.99   share of activations zeroed while training
     t    from_scratch   -      switch      run the hand-written arithmetic, not PyTorch's kernels
-    tr   steps          200    1..         optimizer steps, in all
+    tr   steps          220    1..         optimizer steps, in all
     tr   batch_size     8      1..         windows that each process reads at once
     tr   accumulate     1      1..         such batches to one optimizer step
-    t    stride         -      1..         tokens from window to window [a quarter of the context]
+    t    stride         -      1..         tokens from window to window [half the context]
     t    learning_rate  1e-3   0.0..1e9    the highest, at the end of the warm-up
     t    warmup         20     0..         steps in which the learning rate rises
     t    weight_decay   0.1    0.0..10     pull of matrices and embeddings towards 0
@@ -499,11 +499,16 @@ def make_optimizer(model, weight_decay):
     return torch.optim.AdamW([matrices, vectors], betas=(0.9, 0.95), **settings)  # βs as in GPT-3
 
 
-def shuffled(n, seed, first):
-    """An endless row of epochs, each a new order of n windows, from place `first` on."""
-    for epoch in itertools.count(first // n):
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(hash((seed, epoch))))
-        yield from map(int, order[max(0, first - epoch * n) :])
+def shuffled(n, seed, first, block=1 << 20):
+    """An endless row of epochs over n windows, from place `first` on; each is shuffled anew, a long
+    one block by block, so that the order takes no memory to speak of."""
+    for i in itertools.count(first):
+        epoch, place = divmod(i, n)
+        begin, at = place // block * block, place % block
+        if i == first or at == 0:
+            generator = torch.Generator().manual_seed(hash((seed, epoch, begin)))
+            order = torch.randperm(min(block, n - begin), generator=generator)
+        yield begin + int(order[at])
 
 
 @torch.no_grad()
@@ -519,7 +524,7 @@ def progress(text, keep=True):
     """Show a line on standard error; one that isn't kept is overwritten, or left out of a file."""
     if sys.stderr.isatty():
         width = os.get_terminal_size(2).columns - 1
-        print("\r" + text[:width].ljust(width), end="\n" * keep, file=sys.stderr, flush=True)
+        print(text[:width].ljust(width), end="\n" if keep else "\r", file=sys.stderr, flush=True)
     elif keep:
         print(text, file=sys.stderr, flush=True)
 
@@ -573,6 +578,8 @@ def start(given, world):
         changed = ", ".join(name for name in kept if given[name] != saved[name])
         require(not changed, f"a resumed run keeps its {changed}; leave that out, or start anew")
         options = Options("train", **saved | given)
+        if "accumulate" not in given:  # follows from the number of processes
+            options.accumulate = max(1, state["batch"] // (options.batch_size * world))
         same = options.batch_size * options.accumulate * world == state["batch"]
         require(same, f"batch size x accumulate x processes must stay {state['batch']}")
         require(options.steps >= done, f"--steps {options.steps}: {done} have been done already")
@@ -607,7 +614,7 @@ def train(**given):
         tokens = tokenizer.encode_to_numpy(text, allowed_special="all")
     cut = len(tokens) - int(len(tokens) * options.val_fraction)  # behind it, for validation only
     context, V = options.context or model.config.context_length, model.config.vocab_size
-    windows = SlidingWindows(tokens[:cut], context, options.stride or max(1, context // 4), V)
+    windows = SlidingWindows(tokens[:cut], context, options.stride or max(1, context // 2), V)
     few = f"{options.data}: {cut} tokens to train on, a window needs {context + 1}"
     require(len(windows) > 0, f"{few}; use more text or a smaller --context")
     short = max(1, min(context, len(tokens) - cut - 1))  # a short part, a shorter window
@@ -897,14 +904,14 @@ def sample(**given):
     seconds = time.perf_counter() - started
     print(utf8.decode(b"", final=True), end="\n" * streaming)
     for n, continued in enumerate(texts[streaming:], start=1):
-        print(f"--- sample {n} ---\n{continued.decode(errors='replace')}\n")
+        print(f"--- sample {n} ---\n{continued.decode(errors='replace')}\n", flush=True)
     progress(f"{total} tokens in {seconds:.2f} s: {total / seconds:.1f} tokens per second")
 
 
 def fail(message):
     """End with one line on standard error and status 2."""
     progress("", keep=False)  # over a line that was still being rewritten
-    print("\rgpt.py: error:", *str(message).split(), file=sys.stderr)
+    print("gpt.py: error:", *str(message).split(), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -933,6 +940,10 @@ def main(argv=None):
         fail(f"the text is not UTF-8: {error}")
     except (ValueError, OSError) as error:
         fail(error)
+    except RuntimeError as error:
+        if not given.get("compile"):
+            raise
+        fail(f"torch.compile can't do it here ({error}); leave --compile out")
 
 
 if __name__ == "__main__":

@@ -12,13 +12,23 @@ import functools
 import hashlib
 import http.server
 import io
+import itertools
 import json
 import math
+import multiprocessing
 import os
+import pickle
+import random
 import re
+import resource
+import shlex
+import shutil
+import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -102,6 +112,44 @@ def assert_close(actual, expected, tolerance):
     """No difference exceeds the tolerance, as a part of the largest number that is expected."""
     scale = max(expected.abs().max().item(), 1e-3)
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * scale)
+
+
+def refusal(capsys, *arguments):
+    """The last line on standard error, `gpt.py: error: ...`, of a command that ends in status 2."""
+    with pytest.raises(SystemExit, match="2"):
+        run(capsys, *arguments)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("gpt.py: error: ") and "Traceback" not in "".join(lines)
+    return lines[-1]
+
+
+def start(*command):
+    """`python COMMAND` in a process of its own, buffered as usual, with one thread, as here."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *map(str, command)], env=environment, **pipes)
+
+
+def logged(out):
+    """The rows of log.csv, without tokens per second, which no two runs share."""
+    path = out / "log.csv"
+    return [row[:-1] for row in csv.reader(path.open())][1:] if path.exists() else []
+
+
+def losses(out):
+    return np.array([float(row[1]) for row in logged(out)])
+
+
+def names(folder):
+    return {file.name for file in folder.iterdir()}
+
+
+def wait_for(condition, alive):
+    """Return as soon as the condition holds, which it must within a minute of a live process."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert alive() and time.monotonic() < deadline
+        time.sleep(0.002)
 
 
 # ==================================================================================================
@@ -446,6 +494,373 @@ def test_fine_tuning_starts_from_openais_weights(lesson, gpt2_folder, tmp_path, 
     assert_close(tuned.eval()(tokens), start.eval()(tokens), 1e-5)
 
 
+RUN = ["--tokenizer=280", "--dropout=0.2", "--eval-every=3", "--save-every=7", "--val-fraction=0.2"]
+
+
+class PowerCut(Exception):
+    """What no except clause of the program expects."""
+
+
+def optimizer_state(out, name):
+    """All of the optimizer's numbers of that name, side by side."""
+    state = gpt.load_checkpoint(out / "checkpoint.pt")[2]["optimizer"]["state"]
+    return torch.cat([state[n][name].flatten() for n in sorted(state)])
+
+
+def assert_same_run(one, other):
+    """Every loss, weight and running mean is the same, to the bit."""
+    assert logged(one) == logged(other)
+    for name in ("checkpoint.pt", "best.pt"):
+        first, second = (gpt.load_checkpoint(out / name)[0].state_dict() for out in (one, other))
+        assert all(torch.equal(first[key], second[key]) for key in first | second)
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(optimizer_state(one, name), optimizer_state(other, name))
+
+
+def test_a_run_that_died_goes_on_to_the_bit(lesson, tmp_path, capsys, monkeypatch):
+    """Dropout, order, accumulation, log: three deaths between two checkpoints leave no trace."""
+    command, real = [*lesson, *RUN, "--steps", 50, "--accumulate", 2], gpt.cross_entropy
+    run(capsys, *command, "--out", tmp_path / "whole")
+    for after in (30, 25, 30):
+        calls = itertools.count()
+
+        def dying(*batch, calls=calls, after=after):
+            if next(calls) == after:
+                raise PowerCut
+            return real(*batch)
+
+        with monkeypatch.context() as patch, pytest.raises(PowerCut):
+            patch.setattr(gpt, "cross_entropy", dying)
+            run(capsys, *command)
+        command = ["train", "--resume", "--out", tmp_path / "out"]
+    run(capsys, *command)
+    assert_same_run(tmp_path / "whole", tmp_path / "out")
+
+
+def test_a_process_that_was_killed_or_interrupted_goes_on_to_the_bit(lesson, tmp_path, capsys):
+    """SIGKILL, SIGTERM and SIGINT through the command line; the last two save, then 143 and 130."""
+    command, out = [*lesson, *RUN, "--steps", 140], tmp_path / "out"
+    run(capsys, *command, "--out", tmp_path / "whole")
+    endings = [("KILL", -9), ("TERM", 143), ("KILL", -9), ("INT", 130)]
+    for rows, (name, status) in zip((20, 50, 80, 110), endings, strict=True):
+        process = start(HERE / "gpt.py", *command)
+        wait_for(lambda rows=rows: len(logged(out)) > rows, lambda p=process: p.poll() is None)
+        process.send_signal(signal.Signals[f"SIG{name}"])
+        error = process.communicate(timeout=60)[1]
+        assert process.returncode == status
+        if status > 0:
+            step = gpt.load_checkpoint(out / "checkpoint.pt")[2]["step"]
+            assert step == len(logged(out)) < 140
+            assert re.search(rf"\b{step}\b.*saved.*--resume", error.splitlines()[-1])
+        command = ["train", "--resume", "--out", out]
+    run(capsys, *command)
+    assert_same_run(tmp_path / "whole", out)
+
+
+def test_a_batch_can_be_cut_into_micro_steps_and_processes(lesson, tmp_path, capsys):
+    """8 windows, 4 twice, 4 in each of two processes: the same losses, the same mean gradients.
+
+    What two processes have saved, one goes on with. Only the first of them prints.
+    """
+    command = [*lesson, *RUN, "--dropout", 0, "--steps", 8, "--clip", 1e9, "--out"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    with start(*torchrun, HERE / "gpt.py", *command, tmp_path / "two processes") as process:
+        run(capsys, *command, tmp_path / "whole", "--batch-size", 8)
+        run(capsys, *command, tmp_path / "micro-steps", "--accumulate", 2)
+        printed, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    assert printed.count("I HAD") == error.count("step 8/8") == 1
+    for steps, name in itertools.product((8, 16), ("whole", "micro-steps", "two processes")):
+        if steps == 16:
+            run(capsys, "train", "--resume", "--out", tmp_path / name, "--steps", steps)
+        pair = (tmp_path / name, tmp_path / "whole")
+        assert len(losses(pair[0])) == steps
+        np.testing.assert_allclose(*map(losses, pair), rtol=0, atol=1e-4)
+        assert_close(*(optimizer_state(out, "exp_avg") for out in pair), 1e-3)
+
+
+def test_a_resumed_run_may_change_how_it_computes(lesson, tmp_path, capsys):
+    """Intervals, precision, more steps, and another cut of the same global batch of 4."""
+    run(capsys, *lesson, *RUN, "--steps", 2)
+    changes = "--steps 5 --batch-size 1 --accumulate 4 --dtype bfloat16 --device cpu --save-every 2"
+    again = ["--eval-every", 2, "--sample-every", 2, "--resume", "--out", tmp_path / "out"]
+    assert run(capsys, "train", *changes.split(), *again).out.count("I HAD") == 2
+    assert [row[0] for row in logged(tmp_path / "out") if row[2]] == ["2", "4", "5"]
+
+
+def test_the_learning_rate_rises_linearly_and_falls_along_a_cosine(lesson, tmp_path, capsys):
+    """From 1/4 of the highest in 4 steps; half-way down after 5 more, a tenth after 10."""
+    options = "--tokenizer 280 --steps 14 --warmup 4 --learning-rate 0.01"
+    run(capsys, *lesson, *options.split())
+    rates = {int(row[0]): float(row[3]) for row in logged(tmp_path / "out")}
+    corners = {1: 0.0025, 2: 0.005, 3: 0.0075, 4: 0.01, 9: 0.0055, 14: 0.001}
+    assert {step: rates[step] for step in corners} == pytest.approx(corners)
+    assert all(rates[step] > rates[step + 1] for step in range(4, 14))
+
+
+def test_weight_decay_is_for_matrices_and_embeddings_alone(lesson, gpt2_folder, tmp_path, capsys):
+    """A step with decay 2 moves these by rate * 2 * weight more; gains and biases as without."""
+    options = "--context 8 --steps 1 --warmup 1 --learning-rate 0.01 --device cpu --gpt2 124M"
+    command = [*lesson[:3], *options.split(), "--gpt2-folder", gpt2_folder.parent, "--weight-decay"]
+    weights = [gpt.load_gpt2(gpt2_folder)[0].state_dict()]
+    for decay in (0, 2):
+        run(capsys, *command, decay, "--out", tmp_path / f"{decay}")
+        weights.append(gpt.load_checkpoint(tmp_path / f"{decay}/checkpoint.pt")[0].state_dict())
+    for name, before in weights[0].items():
+        plain, decayed = (after[name] - before for after in weights[1:])
+        expected = plain - 0.01 * 2 * before if before.dim() > 1 else plain
+        torch.testing.assert_close(decayed, expected, rtol=0, atol=1e-6)
+
+
+def test_clipping_shortens_the_gradient_and_keeps_its_direction(lesson, tmp_path, capsys):
+    """--clip 0.01 lets a gradient of that norm through, seen in AdamW's first running mean."""
+    gradients = []
+    for clip in (1e9, 0.01):
+        out = tmp_path / f"{clip}"
+        run(capsys, *lesson, "--tokenizer", 280, "--steps", 1, "--clip", clip, "--out", out)
+        groups = gpt.load_checkpoint(out / "checkpoint.pt")[2]["optimizer"]["param_groups"]
+        gradients.append(optimizer_state(out, "exp_avg") / (1 - groups[0]["betas"][0]))
+    long, short = gradients
+    assert long.norm() > 0.1 and short.norm().item() == pytest.approx(0.01, rel=1e-3)
+    assert_close(short, long * 0.01 / long.norm(), 1e-3)
+
+
+def test_bfloat16_trains_on_the_cpu(lesson, tmp_path, capsys):
+    """Its losses are near float32's and not the same; the weights stay float32."""
+    for dtype in ("float32", "bfloat16"):
+        command = [*lesson, *RUN, "--dropout", 0, "--steps", 6, "--dtype", dtype]
+        run(capsys, *command, "--out", tmp_path / dtype)
+        model = gpt.load_checkpoint(tmp_path / dtype / "checkpoint.pt")[0]
+        assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    difference = np.abs(losses(tmp_path / "float32") - losses(tmp_path / "bfloat16"))
+    assert 0 < difference.max() < 0.02
+
+
+def compile_with(backend, monkeypatch):
+    """torch.compile traces the model as ever, but hands the graphs to this backend, not to C++."""
+    torch._dynamo.reset()  # forget what other backends have made
+    real = torch.compile
+    patched = lambda model, **options: real(model, **(options | {"backend": backend}))
+    monkeypatch.setattr(torch, "compile", patched)
+
+
+def test_a_compiled_model_loads_where_nothing_is_compiled(lesson, tmp_path, capsys, monkeypatch):
+    """Its checkpoint has the usual names, and it learns as the model that isn't compiled."""
+    graphs, command = [], [*lesson, "--tokenizer", 280, "--steps", 2, "--val-fraction", 0]
+    run(capsys, *command, "--out", tmp_path / "eager")
+    compile_with(lambda graph, inputs: graphs.append(graph) or graph.forward, monkeypatch)
+    run(capsys, *command, "--compile")
+    weights = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["weights"]
+    eager = gpt.load_checkpoint(tmp_path / "eager" / "checkpoint.pt")[0]
+    assert graphs and weights.keys() == eager.state_dict().keys()
+    gpt.load_checkpoint(tmp_path / "out" / "checkpoint.pt")
+    np.testing.assert_allclose(losses(tmp_path / "out"), losses(tmp_path / "eager"), atol=1e-4)
+
+
+def test_where_there_is_no_compiler_the_run_says_so(lesson, capsys, monkeypatch):
+    """What a backend of torch.compile complains of is one line, as any other mistake."""
+
+    def backend(graph, inputs):
+        raise RuntimeError("no working C++ compiler")
+
+    compile_with(backend, monkeypatch)
+    assert "C++ compiler" in refusal(capsys, *lesson, "--tokenizer", 280, "--compile")
+
+
+@pytest.fixture
+def packed(lesson, gpt2_folder, tmp_path):
+    """The command that trains on the lesson's tokens as raw uint16, and these tokens."""
+    tokens = np.array(gpt.load_gpt2(gpt2_folder)[1].encode(LESSON), dtype="<u2")
+    tokens.tofile(tmp_path / "tokens.bin")
+    options = ["--tokenizer", "gpt2", "--gpt2-folder", gpt2_folder.parent, "--val-fraction", 0]
+    return [*lesson, *options, "--steps", 99, "--data", tmp_path / "tokens.bin"], tokens
+
+
+def test_a_bin_file_trains_as_the_text_that_it_was_made_from(packed, lesson, tmp_path, capsys):
+    """Raw uint16 tokens give the very losses; the vocabulary is GPT-2's, from the folder."""
+    run(capsys, *packed[0], "--steps", 4)
+    run(capsys, *packed[0], "--steps", 4, *lesson[1:3], "--out", tmp_path / "text")
+    assert logged(tmp_path / "out") == logged(tmp_path / "text")
+
+
+def test_a_token_outside_the_vocabulary_stops_the_run_when_it_is_drawn(packed, tmp_path, capsys):
+    """The line names it; the steps before were taken, for nothing reads the file ahead."""
+    command, tokens = packed
+    tokens[0] = VOCAB
+    tokens.tofile(tmp_path / "tokens.bin")
+    line = refusal(capsys, *command, "--batch-size", 1, "--stride", 16)
+    assert re.search(rf"\b{VOCAB}\b", line)
+    assert 0 < len(logged(tmp_path / "out")) < len(tokens) / 16
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs sparse files, and memory in kilobytes")
+def test_memory_does_not_grow_with_the_data(packed, tmp_path):
+    """2 GB of tokens take as much as 20 MB of them do, windows in their usual number."""
+    path, command = tmp_path / "tokens.bin", [*map(str, packed[0]), "--steps", "2"]
+    code = f"""if True:
+        import gpt, resource
+        for size in (2 * 10**7, 2 * 10**9):
+            open({str(path)!r}, "wb").truncate(size)
+            gpt.main({[*command, "--context", "64"]})
+            print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"""
+    output = subprocess.check_output([sys.executable, "-c", code], cwd=HERE, text=True)
+    path.unlink()
+    small, large = map(int, re.findall(r"^peak (\d+)", output, re.MULTILINE))
+    assert large - small < 100_000
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(lesson, tmp_path):
+    """25 runs that save without pause are killed: what is there loads, and never goes back."""
+    fork, out, step = multiprocessing.get_context("forkserver"), tmp_path / "out", 0
+    fork.set_forkserver_preload(["gpt", "torch._dynamo"])
+    command = [*lesson, "--tokenizer", 280, "--steps", 10**6, "--save-every", 1, "--eval-every", 1]
+    for kill in range(25):
+        process, rows = fork.Process(target=gpt.main, args=([*map(str, command)],)), logged(out)
+        process.start()
+        wait_for(lambda rows=rows: len(logged(out)) > len(rows) + 1, process.is_alive)
+        time.sleep(random.Random(kill).uniform(0, 0.02))
+        process.kill()
+        process.join()
+        before, step = step, gpt.load_checkpoint(out / "checkpoint.pt")[2]["step"]
+        gpt.load_checkpoint(out / "best.pt")
+        assert before <= step <= len(logged(out))
+        stray = names(out) - {"checkpoint.pt", "best.pt", "log.csv"}
+        assert len(stray) <= 1
+        for name in stray:
+            (out / name).unlink()
+        command = ["train", "--resume", "--out", out]
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, gpt2_folder, monkeypatch):
+    """Written beside, fsync, rename: so a power cut can't leave an empty file under the name."""
+    done, path, tokenizer = [], tmp_path / "model.pt", gpt.load_gpt2(gpt2_folder)[1]
+    for name, real in (("fsync", os.fsync), ("replace", os.replace)):
+        spy = lambda *args, name=name, real=real: done.append((name, path.exists())) or real(*args)
+        monkeypatch.setattr(os, name, spy)
+    gpt.save_checkpoint(path, random_model(), tokenizer)
+    assert done == [("fsync", False), ("replace", False)] and path.exists()
+
+
+@pytest.mark.parametrize("limit", ["disk", "file"])
+def test_a_full_disk_ends_the_run_and_nothing_else(limit, lesson, tmp_path, capsys, request):
+    """One line; the previous checkpoint is what it was, nothing lies beside it, and it goes on."""
+    disk, out = tmp_path / "disk", tmp_path / "disk" / "out"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=500k", "tmpfs", disk]
+    if limit == "disk":
+        if not shutil.which("mount") or subprocess.run(mount, check=False).returncode:
+            pytest.skip("a small disk can't be mounted")
+        request.addfinalizer(lambda: subprocess.run(["umount", "-l", disk], check=True))
+    run(capsys, *lesson, *RUN, "--val-fraction", 0, "--steps", 2, "--out", out)
+    before, sizes = (out / "checkpoint.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    if limit == "file":
+        request.addfinalizer(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, sizes))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, sizes[1]))
+    again = ["train", "--resume", "--out", out, "--steps", 4]
+    assert "checkpoint.pt" in refusal(capsys, *again)
+    assert (out / "checkpoint.pt").read_bytes() == before
+    assert names(out) == {"checkpoint.pt", "log.csv"}
+
+
+@pytest.fixture
+def copied(gpt2_folder, tmp_path):
+    """The five files of the very small GPT-2 in a folder of this test's own."""
+    (tmp_path / "124M").mkdir()
+    for name in FILES:
+        shutil.copy(gpt2_folder / name, tmp_path / "124M")
+    return tmp_path / "124M"
+
+
+def test_an_interrupted_conversion_is_never_trusted(copied, gpt2_folder, monkeypatch):
+    """Half of model.pt doesn't count as model.pt: the next start converts again."""
+
+    def die(content, file):
+        file.write(b"half")
+        file.flush()
+        raise PowerCut
+
+    with monkeypatch.context() as patch, pytest.raises(PowerCut):
+        patch.setattr(torch, "save", die)
+        gpt.load_gpt2(copied)
+    assert names(copied) - {"model.pt.tmp"} == {*FILES}
+    (copied / "model.pt.tmp").write_bytes(b"half")
+    models = [gpt.load_gpt2(folder)[0].eval() for folder in (copied, gpt2_folder)]
+    assert torch.equal(*(model(torch.arange(9)[None]) for model in models))
+    assert names(copied) == {*FILES, "model.pt"}
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(gpt2_folder, tmp_path_factory):
+    """A file with all that a checkpoint can hold, and little of it."""
+    path = tmp_path_factory.mktemp("small") / "checkpoint.pt"
+    model = random_model(gpt.GPTConfig(VOCAB, 8, n_embd=8, n_head=2, n_layer=1))
+    state = {"step": 3, "optimizer": torch.randn(99)}
+    gpt.save_checkpoint(path, model, gpt.load_gpt2(gpt2_folder)[1], state)
+    return path
+
+
+def test_a_flipped_bit_is_noticed_or_does_no_harm(small_checkpoint, tmp_path):
+    """Anywhere in the file: it is refused, or (in the archive's padding) loads to the same bits."""
+
+    def content(path):
+        model, tokenizer, state = gpt.load_checkpoint(path)
+        tensors = [*model.state_dict().values(), state.pop("optimizer")]
+        ranks = tokenizer._mergeable_ranks
+        return [t.numpy().tobytes() for t in tensors], model.config, ranks, tokenizer.name, state
+
+    data, expected, refused = small_checkpoint.read_bytes(), content(small_checkpoint), 0
+    places = {*range(0, len(data), 101), *range(64), *range(len(data) - 64, len(data))}
+    for place in places:
+        flipped = data[place] ^ 1 << place % 8
+        path = tmp_path / "damaged.pt"
+        path.write_bytes(data[:place] + bytes([flipped]) + data[place + 1 :])
+        try:
+            assert content(path) == expected, place
+        except ValueError:
+            refused += 1
+    assert refused > len(places) / 2
+
+
+class Bomb:
+    """Unpickled, it opens a file for writing."""
+
+    def __reduce__(self):
+        return open, ("bang", "w")
+
+
+def saved(content):
+    torch.save(content, buffer := io.BytesIO())
+    return buffer.getvalue()
+
+
+FOREIGN = {  # from the bytes of a checkpoint
+    "empty": lambda data: b"",
+    "cut in the middle": lambda data: data[: len(data) // 2],
+    "its last byte lost": lambda data: data[:-1],
+    "a text": lambda data: b"I HAD always thought",
+    "another program's": lambda data: saved({"model": {"w": torch.ones(3)}, "epoch": 3}),
+    "a list": lambda data: saved([1, 2, 3]),
+    "of format 999": lambda data: saved(torch.load(io.BytesIO(data)) | {"format": 999}),
+    "other weights": lambda data: saved(torch.load(io.BytesIO(data)) | {"weights": {}}),
+    "code in an archive": lambda data: saved({"format": Bomb()}),
+    "code in a pickle": lambda data: pickle.dumps(Bomb()),
+}
+
+
+@pytest.mark.parametrize("options", ["--checkpoint 124M/model.pt", "--gpt2 124M --gpt2-folder ."])
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_file_that_is_no_checkpoint_is_refused(
+    kind, options, small_checkpoint, tmp_path, capsys, monkeypatch
+):
+    """One line with its name; code in it isn't run, and nothing is written over it."""
+    monkeypatch.chdir(tmp_path)
+    (path := tmp_path / "124M" / "model.pt").parent.mkdir()
+    path.write_bytes(data := FOREIGN[kind](small_checkpoint.read_bytes()))
+    line = refusal(capsys, "sample", *options.split())
+    assert "124M/model.pt" in line and ("999" in line) == ("999" in kind)
+    assert path.read_bytes() == data and names(tmp_path) == {"124M"}
+
+
 # ==================================================================================================
 # 6 Decoding
 
@@ -745,6 +1160,132 @@ def test_gpt2_goes_on_as_gpt2_does():
     assert tokenizer.decode(text[0].tolist()) == " the most powerful machines on the planet."
 
 
+DAMAGE = {  # file, and what becomes of its bytes
+    "data, a bit": (FILES[4], lambda data: data[:9] + bytes([data[9] ^ 16]) + data[10:]),
+    "data, cut": (FILES[4], lambda data: data[: len(data) // 2]),
+    "index, a bit": (FILES[3], lambda data: data[:99] + bytes([data[99] ^ 16]) + data[100:]),
+    "index, cut": (FILES[3], lambda data: data[: len(data) // 2]),
+    "hparams, cut": (FILES[0], lambda data: data[:9]),
+    "hparams, empty": (FILES[0], lambda data: b"{}"),
+    "encoder, cut": (FILES[1], lambda data: data[: len(data) // 2]),
+    "merges, other": (FILES[2], lambda data: data.replace(b"t h", b"t x")),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_in_openais_files_is_noticed(name, copied, tmp_path, capsys):
+    """The line names the folder and says to delete; nothing is converted."""
+    file, damage = DAMAGE[name]
+    (copied / file).write_bytes(damage((copied / file).read_bytes()))
+    line = refusal(capsys, "sample", "--gpt2", "124M", "--gpt2-folder", tmp_path)
+    assert str(copied) in line and "delete" in line and names(copied) == {*FILES}
+
+
+class Mirror(http.server.BaseHTTPRequestHandler):
+    """Serves OpenAI's files with ranges, and does wrong what server.faults says, once each."""
+
+    def do_GET(self):
+        name, begin = self.path.rpartition("/")[2], 0
+        self.server.asked.append((name, self.headers["Range"]))
+        fault = (self.server.faults.get(name) or ["none"]).pop(0)
+        if isinstance(fault, int):
+            return self.send_error(fault)
+        content = (self.server.folder / name).read_bytes()
+        if fault == "page":
+            content = b"\r\n<!DOCTYPE html><html><title>Log in</title></html>"
+        elif self.headers["Range"] and fault != "no ranges":
+            begin = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1])
+        self.send_response(302 if fault == "redirect" else 206 if begin else 200)
+        if fault == "redirect":
+            self.send_header("Location", "http://192.0.2.1/elsewhere")
+        if begin:
+            self.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")
+        if fault != "no length":
+            self.send_header("Content-Length", str(len(content) - begin))
+        self.end_headers()
+        stop = (len(content) + begin) // 2 if fault in ("cut", "silence") else len(content)
+        self.wfile.write(content[begin:stop])
+        if fault == "silence":
+            self.server.over.wait(10)
+
+    def log_message(self, *args):
+        """Nothing."""
+
+
+@pytest.fixture
+def mirror(gpt2_folder, tmp_path):
+    """A server on this machine, with .faults to come and .asked, and the command that uses it."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Mirror) as server:
+        server.folder, server.faults, server.asked = gpt2_folder, {}, []
+        server.over, server.url = threading.Event(), f"http://127.0.0.1:{server.server_port}/models"
+        server.command = ["sample", "--gpt2", "124M", "--gpt2-folder", tmp_path, "--tokens", 1]
+        server.command += ["--gpt2-url", server.url]
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
+        server.over.set()
+        server.shutdown()
+
+
+@pytest.fixture
+def connections(monkeypatch):
+    """Every (address, timeout) that was connected to; here, silence ends after 0.3 seconds."""
+    made, real = [], socket.create_connection
+
+    def connect(address, timeout, *args, **options):
+        made.append((address, timeout))
+        return real(address, min(timeout, 0.3), *args, **options)
+
+    monkeypatch.setattr(socket, "create_connection", connect)
+    return made
+
+
+FAULTS = [[fault] for fault in (404, 500, "cut", "silence", "page", "no length", "redirect")]
+FAULTS += [["cut", fault] for fault in ("cut", "no ranges", "page", 503)]
+
+
+@pytest.mark.parametrize("name", [FILES[0], FILES[4]], ids=["small file", "large file"])
+@pytest.mark.parametrize("faults", FAULTS, ids=str)
+def test_a_download_that_went_wrong_goes_on_when_run_again(
+    faults, name, mirror, gpt2_folder, tmp_path, capsys, connections
+):
+    """A fault is a line with the address; then all is fetched, from where it stopped if it can be.
+
+    Nothing is sent to another machine, and no file has its name before it is whole.
+    """
+    mirror.faults, folder = {name: list(faults)}, tmp_path / "124M"
+    for _ in range(len(faults) - faults.count("no ranges")):
+        line = refusal(capsys, *mirror.command)
+        assert f"{mirror.url}/124M/{name}" in line and "again" in line and "NoneType" not in line
+        assert name not in names(folder)
+    run(capsys, *mirror.command)
+    assert all((folder / f).read_bytes() == (gpt2_folder / f).read_bytes() for f in FILES)
+    assert names(folder) == {*FILES, "model.pt"}
+    assert {address for address, _ in connections} == {("127.0.0.1", mirror.server_port)}
+    assert all(1 <= timeout <= 120 for _, timeout in connections)
+    asked = [begin for file, begin in mirror.asked if file == name]
+    assert len(mirror.asked) == len(FILES) - 1 + len(asked), "what is there isn't asked for again"
+    if faults[-1] in ("cut", "silence", 503):
+        half = (gpt2_folder / name).stat().st_size // 2
+        assert int(asked[-1][6:-1]) >= half - 1, "what came isn't asked for again"
+
+
+OUTSIDE = ["http://192.0.2.1", "http://127.0.0.1@192.0.2.1", "http://127.0.0.1.example.com"]
+
+
+@pytest.mark.parametrize("url", [*OUTSIDE, "ftp://127.0.0.1", "file:///etc", "nowhere"])
+def test_only_https_or_this_very_machine_is_asked(url, mirror, capsys, connections):
+    """Anything else is refused before a connection is made; the line says what is allowed."""
+    line = refusal(capsys, *mirror.command, "--gpt2-url", url)
+    assert url in line and "https" in line and connections == []
+
+
+def test_no_network_is_one_line(mirror, capsys):
+    """Nobody listens at the proxy, nor at this port: the line has the address, and the advice."""
+    for url in ("https://192.0.2.1/models", "http://127.0.0.1:9/models"):
+        line = refusal(capsys, *mirror.command, "--gpt2-url", url)
+        assert f"{url}/124M/{FILES[0]}" in line and "again" in line
+
+
 # ==================================================================================================
 # 8 Command line
 
@@ -825,3 +1366,179 @@ def test_text_streams_piece_by_piece_and_no_character_is_broken(recital):
         alarm.cancel()
     assert "naïve ☕☕☕☕☕" in "".join(piece.decode("utf-8") for piece in pieces)
     assert max(map(len, pieces)) < 4096, "a buffer of 8 KB was filled first"
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_number_that_is_not_finite_stops_the_run(what, lesson, tmp_path, capsys, monkeypatch):
+    """The line has the step and the advice; the last good checkpoint stays."""
+    path, real = tmp_path / "out" / "checkpoint.pt", gpt.cross_entropy
+    run(capsys, *lesson, *RUN, "--steps", 2)
+    if what == "loss":  # weights so large that the logits overflow
+        model, tokenizer, state = gpt.load_checkpoint(path)
+        model.load_state_dict({name: 1e30 * w for name, w in model.state_dict().items()})
+        gpt.save_checkpoint(path, model, tokenizer, state)
+
+    def broken(logits, targets):
+        if what == "gradient" and logits.requires_grad:
+            logits.register_hook(lambda gradient: gradient * math.nan)
+        return real(logits, targets)
+
+    monkeypatch.setattr(gpt, "cross_entropy", broken)
+    before, again = path.read_bytes(), ["train", "--resume", "--out", tmp_path / "out"]
+    line = refusal(capsys, *again, "--steps", 9, "--save-every", 1)
+    assert re.search(r"step 3\b", line) and "--learning-rate" in line
+    assert path.read_bytes() == before
+
+
+def test_a_model_without_numbers_says_nothing(recital, tmp_path, capsys):
+    """NaN among the weights: sample ends with one line, greedy or not, with the cache or not."""
+    model, tokenizer, _ = gpt.load_checkpoint(recital[2])
+    with torch.no_grad():
+        next(model.parameters())[:, 0] = math.nan
+    gpt.save_checkpoint(tmp_path / "nan.pt", model, tokenizer)
+    for options in (["--temperature", 0], ["--temperature", 1, "--no-cache"], ["--samples", 3]):
+        assert "finite" in refusal(capsys, "sample", "--checkpoint", tmp_path / "nan.pt", *options)
+
+
+@pytest.fixture(scope="session")
+def desk(gpt2_folder, tmp_path_factory):
+    """A folder with a run of 2 steps in out/, and files that are wrong in every way."""
+    folder = tmp_path_factory.mktemp("desk")
+    files = {
+        "story.txt": LESSON.encode(),
+        "latin.txt": "naïve".encode("latin-1"),
+        "short.txt": b"!",
+    }
+    files |= {"empty.txt": b"", "empty.bin": b"", "odd.bin": bytes(99), "short.bin": b"!!"}
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    shutil.copytree(gpt2_folder, folder / "gpt2" / "124M")
+    gpt.load_gpt2(folder / "gpt2" / "124M")
+    command = (
+        f"train --data {folder}/story.txt --out {folder}/out --tokenizer 280 --steps 2 {SMALL}"
+    )
+    gpt.main(command.split())
+    (folder / "weights").mkdir()
+    shutil.copy(folder / "out" / "best.pt", folder / "weights" / "checkpoint.pt")
+    return folder
+
+
+COUNTS = "steps batch-size accumulate context stride n-layer n-head n-embd eval-every save-every"
+WRONG_NUMBERS = {  # options: what they can't be
+    f"train {COUNTS} sample-every": "0 -1 1.5 nan",
+    "train warmup seed": "-1 0.5 inf",
+    "train val-fraction dropout": "-0.1 1 nan",
+    "train learning-rate weight-decay clip": "-1 nan inf",
+    "sample tokens top-k samples": "-1 0.5 nan x",
+    "sample temperature": "-1 nan inf",
+    "sample top-p": "-0.1 1.1 nan",
+    "sample seed": "-1 2e9",
+}
+NEW, GPT2 = f"train --data story.txt --tokenizer 280 {SMALL} --out", "train --data story.txt --gpt2"
+ABSENT = "mps" if torch.cuda.is_available() else "cuda"
+MISTAKES = {  # the command: what its line has to name, a regular expression
+    "": "command",
+    "trian": "trian",
+    "train surplus": "surplus",
+    "train --step 5": "--step 5",
+    "sample --tok 5": "--tok 5",
+    f"{NEW} new --size huge": "huge.*124M",
+    f"{NEW} new --device {ABSENT}": f"{ABSENT}.*cpu",
+    f"sample --device {ABSENT}": f"{ABSENT}.*cpu",
+    f"{NEW} new --dtype float8": "float8.*bfloat16",
+    f"{NEW} new --tokenizer bpe": "bpe.*gpt2",
+    f"{NEW} new --tokenizer 256": r"\b256\b",
+    f"{NEW} new --tokenizer ''": "tokenizer",
+    f"{NEW} new --n-embd 32 --n-head 3": r"\b32\b.*\b3\b",
+    f"{NEW} new --n-embd 100000000000": "memory",
+    f"{NEW} new --data missing.txt": "missing.txt",
+    f"{NEW} new --data missing.bin --tokenizer gpt2": "missing.bin",
+    f"{NEW} new --data weights": "weights",
+    f"{NEW} new --data latin.txt": "latin.txt.*UTF-8",
+    f"{NEW} new --data empty.txt": r"empty.txt.*\b0 tokens.*\b17\b",
+    f"{NEW} new --data short.txt": r"short.txt.*\b1 tokens.*\b17\b",
+    f"{NEW} new --data short.bin --tokenizer gpt2": r"short.bin.*\b1 tokens.*\b17\b",
+    f"{NEW} new --data empty.bin --tokenizer gpt2": "empty.bin",
+    f"{NEW} new --data odd.bin --tokenizer gpt2": r"odd.bin.*\b99\b",
+    f"{NEW} new --data odd.bin --tokenizer 300": "tokenizer",
+    f"{NEW} new --val-fraction 0.98": r"story.txt.*\b17\b",
+    f"{NEW} out --context 9999": r"story.txt.*\b10000\b",
+    f"{NEW} story.txt/new": "story.txt/new",
+    f"{NEW} story.txt": "story.txt",
+    f"{GPT2} 125M": "125M.*124M",
+    f"{GPT2} 124M --n-layer 2": "--gpt2.*n.layer",
+    f"{GPT2} 124M --size 355M": "--gpt2.*size",
+    f"{GPT2} 124M --tokenizer 300": "--gpt2.*tokenizer",
+    f"{GPT2} 124M --out new --context 17": r"\b17\b.*\b16\b",
+    "train --resume --out nowhere": "nowhere/checkpoint.pt",
+    "train --resume --out weights": "weights/checkpoint.pt.*resume",
+    "train --resume --steps 1": r"\b1\b.*\b2\b",
+    "train --resume --steps 9 --dropout 0.5": "dropout",
+    "train --resume --learning-rate 0.5": "learning.rate",
+    "train --resume --data short.txt": "data",
+    "train --resume --from-scratch": "from.scratch",
+    "train --resume --gpt2 124M": "gpt2",
+    "train --resume --batch-size 3": r"\b4\b",
+    "sample --gpt2 124M --checkpoint out/best.pt": "--gpt2.*--checkpoint",
+    "sample --checkpoint missing.pt": "missing.pt",
+    "sample --checkpoint weights": "weights",
+    "sample --checkpoint story.txt": "story.txt",
+} | {
+    f"{command} --{option} {value}": f"--{option}.*{re.escape(value)}"
+    for options, values in WRONG_NUMBERS.items()
+    for command, *numbers in [options.split()]
+    for option, value in itertools.product(numbers, values.split())
+}
+
+
+@pytest.mark.parametrize("command", MISTAKES, ids=lambda command: command.replace(NEW, "train"))
+def test_a_mistake_is_one_line_that_says_what_was_given(command, desk, capsys, monkeypatch):
+    """`gpt.py: error: ...`, status 2, no traceback; no file is touched, no run moved away."""
+    monkeypatch.chdir(desk)
+    before = {path: path.stat().st_mtime_ns for path in desk.rglob("*")}
+    with pytest.raises(SystemExit, match="2"):
+        run(capsys, *shlex.split(command))
+    error = capsys.readouterr().err
+    assert error.startswith("gpt.py: error: ") and error.count("\n") == 1
+    assert re.search(MISTAKES[command], error), error
+    assert {path: path.stat().st_mtime_ns for path in desk.rglob("*")} == before
+
+
+def test_an_earlier_run_is_moved_out_of_the_way(lesson, tmp_path, capsys):
+    """The same command three times: out, out.1, out.2; a line says so, and every byte is kept."""
+    contents = []
+    for n in range(3):
+        printed = run(capsys, *lesson, *RUN, "--steps", 2, "--seed", n).err
+        assert (f"out.{n}" in printed) == (n > 0)
+        contents.append({f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()})
+    for content, name in zip(contents, ("out.1", "out.2", "out"), strict=True):
+        assert {f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} == content
+    assert contents[0].keys() == {"checkpoint.pt", "best.pt", "log.csv"}
+
+
+PROMPTS = ["", "\n", "naïve ☕ \U0001f600 \x00 日本語", "<|endoftext|>", "word " * 99]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=lambda prompt: ascii(prompt[:9]))
+def test_any_prompt_works(prompt, desk, lesson, capsys):
+    """Empty, of any Unicode, longer than the window: in sample, and in the samples of train."""
+    command = ["sample", "--checkpoint", desk / "out" / "checkpoint.pt", "--prompt", prompt]
+    assert "5 tokens" in run(capsys, *command, "--tokens", 5, "--ignore-eos").err
+    run(capsys, *lesson, "--tokenizer", 280, "--steps", 1, "--prompt", prompt)
+
+
+def test_processes_end_quietly(recital):
+    """Into `head`, streaming or not: no line but the figures. A mistake: its line, and status 2."""
+    endless = start(HERE / "gpt.py", *recital, "--tokens", 10**6)
+    several = start(HERE / "gpt.py", *recital, "--tokens", 9, "--samples", 2)
+    several.stdout.close()
+    mistaken = start(HERE / "gpt.py", "sample", "--checkpoint", "missing.pt")
+    assert len(endless.stdout.read(10)) == 10
+    endless.stdout.close()
+    for process in (endless, several):
+        error = process.stderr.read()
+        assert not re.search("Traceback|Exception|[Ee]rror|[Bb]roken", error), error
+        assert process.wait(60) in (0, -signal.SIGPIPE, 128 + signal.SIGPIPE)
+    output, error = mistaken.communicate(timeout=60)
+    assert (output, mistaken.returncode, error.count("\n")) == ("", 2, 1)
+    assert re.match(r"gpt\.py: error: .*missing\.pt", error)
