@@ -1,18 +1,15 @@
 """GPT-2 in one file: train it, sample from it, load OpenAI's weights. Read it from the top.
-
     python gpt.py train                              a GPT learns a short story, on a laptop
     python gpt.py sample --prompt "I HAD always"     it goes on with a text
     python gpt.py sample --gpt2 124M                 so does OpenAI's GPT-2 (a 500 MB download)
     python gpt.py train --gpt2 124M --data my.txt    GPT-2 goes on learning, from your text
-
 A GPT reads a row of tokens (words, parts of words, single bytes) and gives, for each place in the
 row, the probability of every token of its vocabulary to come next. Training moves its parameters
 until the tokens that do come next are probable; sampling draws one, appends it and asks again.
-Sections: 1 Config, 2 Layers, 3 Model, 4 Dataset, 5 Training, 6 Decoding, 7 GPT-2 weights, 8 Command
-line. "GPT-2" is Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; src/...
-are files of github.com/openai/gpt-2. Letters of shapes: B batch, rows side by side; T time, tokens
-of a row in one call; S tokens seen, T and a cache's; C channels, the n_embd numbers that stand for
-a token; H heads, and D = C / H, the channels of one; V vocabulary, how many tokens there are."""
+"GPT-2" is Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; src/... are
+files of github.com/openai/gpt-2. Letters of shapes: B batch, rows side by side; T time, tokens of a
+row in one call; S tokens seen, T and a cache's; C channels, the n_embd numbers that stand for a
+token; H heads, and D = C / H, the channels of one; V vocabulary, how many tokens there are."""
 
 import argparse, codecs, contextlib, ctypes, functools, itertools, json, math  # noqa: I001
 import os, re, signal, sys, time, urllib.request, zipfile
@@ -72,8 +69,7 @@ GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 
 class Options(argparse.Namespace):
     """The options of a command (t train, s sample; r: may change when a run is resumed): those given,
-    else the defaults here. A line has commands, name, default (- is None), values (a|b a choice, 1..
-    whole numbers, 0.0..1 numbers, text, or a switch), explanation [of None].
+    or the default (- is None), of values a|b, 1.. (whole) or 0.0..1; what it does [None means].
     t    data           -      text        UTF-8, or .bin: GPT-2's tokens as raw uint16 [the-verdict.txt]
     t    val_fraction   0.1    0.0..0.99   the end of the data, kept for validation
     t    tokenizer      -      text        gpt2, or N: learn N tokens from the data [gpt2, else 1024]
@@ -126,7 +122,7 @@ class Options(argparse.Namespace):
     @classmethod
     def table(cls, command):
         """Each option's name, default, values, their type (str, int, float), and explanation."""
-        for line in cls.__doc__.splitlines()[3:]:
+        for line in cls.__doc__.splitlines()[2:]:
             commands, name, default, values, text = re.split(r"  +", line.strip(), maxsplit=4)
             kind = float if ".." in values else str
             kind = int if re.match(r"\d+\.\.", values) else kind
@@ -136,15 +132,14 @@ class Options(argparse.Namespace):
 
 # ==================================================================================================
 # 2 Layers
-# A token travels through the network as a row of C numbers, its residual stream. A block adds to it
-# twice: attention moves information from row to row, the feed-forward network works on each row by
-# itself. B texts of T tokens travel together, as x (B, T, C). nn.Linear(m, n) holds W (n, m) and b
-# (n,), and maps x (..., m) to x Wᵀ + b (..., n).
+# A token travels as a row of C numbers, its residual stream. A block adds to it twice: attention
+# moves information from row to row, the feed-forward network works on each row. x (B, T, C) are all
+# rows. nn.Linear(m, n) holds W (n, m) and b (n,), and maps x (..., m) to x Wᵀ + b (..., n).
 class LayerNorm(nn.Module):
-    """Each row of C numbers brought to mean 0 and variance 1, then scaled and shifted as learned.
-        y = (x - mean) / sqrt(variance + eps) * weight + bias        (B, T, C) -> (B, T, C)
-    So a layer behind it reads numbers of one size, however far the stream has grown. Source: Ba et
-    al. 2016, section 3.1; src/model.py, norm()."""
+    """Each row brought to mean 0 and variance 1, then scaled and shifted as learned, so that a
+    layer reads numbers of one size, however far the stream has grown: y = (x - mean) /
+    sqrt(variance + eps) * weight + bias. (B, T, C) -> (B, T, C). Source: Ba et al. 2016, section
+    3.1; src/model.py, norm()."""
 
     def __init__(self, config):
         super().__init__()
@@ -161,10 +156,9 @@ class LayerNorm(nn.Module):
 
 
 class GELU(nn.Module):
-    """x times the probability that a standard normal number is below x: a ReLU with a soft knee.
-    The exact form takes the error function, once slow; GPT-2 learned with this approximation:
-        gelu(x) ≈ x/2 (1 + tanh(sqrt(2/π) (x + 0.044715 x³)))           any shape -> the same
-    Source: Hendrycks and Gimpel 2016, section 2; src/model.py, gelu()."""
+    """x times the probability that a standard normal number is below it: a ReLU with a soft knee.
+    With the exact form slow once, GPT-2 learned with x/2 (1 + tanh(sqrt(2/π) (x + 0.044715 x³))).
+    Any shape -> the same. Source: Hendrycks and Gimpel 2016, section 2; src/model.py, gelu()."""
 
     def __init__(self, config):
         super().__init__()
@@ -184,30 +178,27 @@ class CausalSelfAttention(nn.Module):
     size at which the softmax isn't one hard choice with no gradient left. The mask makes the scores
     of later tokens -∞ before the softmax, so that the weights of those that may be seen sum to 1:
                         key:   I   HAD  always     (B, T, C) -> (B, T, C)
-        query  I              1.0   0     0        Row t knows tokens up to t only. So one pass over
-               HAD            0.7  0.3    0        a text gives a prediction at all T places, and
-               always         0.3  0.1   0.6       none of them could look at its answer.
-    Source: Vaswani et al. 2017, section 3.2; src/model.py, attn()."""
+        query  I              1.0   0     0        Row t knows tokens up to t only: one pass over a
+               HAD            0.7  0.3    0        text predicts at all T places, none of which
+               could always         0.3  0.1   0.6       look at its answer. Source: Vaswani et al.
+               2017, 3.2"""
 
     def __init__(self, config):
         super().__init__()
         self.n_head, self.dropout, self.fused = config.n_head, config.dropout, config.fused
-        self.query = nn.Linear(config.n_embd, config.n_embd, bias=config.qkv_bias)
-        self.key = nn.Linear(config.n_embd, config.n_embd, bias=config.qkv_bias)
-        self.value = nn.Linear(config.n_embd, config.n_embd, bias=config.qkv_bias)
-        self.projection = nn.Linear(config.n_embd, config.n_embd)  # mixes what the heads found
+        C, bias = config.n_embd, config.qkv_bias
+        self.query, self.key, self.value = (nn.Linear(C, C, bias=bias) for _ in range(3))
+        self.projection = nn.Linear(C, C)  # mixes what the heads found
 
     def forward(self, x, past=None, start=0):
         """past: buffers (B, H, ., D) of this layer's keys and values, filled for `start` tokens."""
         B, T, C = x.shape
         heads = (B, T, self.n_head, C // self.n_head)  # the channels shared out: C = H * D
-        q = self.query(x).view(heads).transpose(1, 2)  # (B, T, H, D) -> (B, H, T, D)
-        k = self.key(x).view(heads).transpose(1, 2)
-        v = self.value(x).view(heads).transpose(1, 2)
+        q, k, v = (f(x).view(heads).transpose(1, 2) for f in (self.query, self.key, self.value))
         if past is not None:
             for buffer, new in zip(past, (k, v), strict=True):
                 buffer[:, :, start : start + T] = new
-            k, v = (buffer[:, :, : start + T] for buffer in past)  # (B, H, S, D)
+            k, v = (buffer[:, :, : start + T] for buffer in past)  # (B, H, T, D) -> (B, H, S, D)
         mask, dropout = None, self.dropout if self.training else 0.0
         if T > 1 and (start > 0 or not self.fused):  # query i, token start + i, sees keys up to it
             mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)  # (T, S)
@@ -223,15 +214,14 @@ class CausalSelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """What a token makes of what it has gathered: gelu(x W₁ᵀ + b₁) W₂ᵀ + b₂, 4 times wider inside.
-    Two thirds of a block's parameters. (B, T, C) -> (B, T, C). Source: src/model.py, mlp()."""
+    """gelu(x W₁ᵀ + b₁) W₂ᵀ + b₂, 4C wide inside: (B, T, C) -> (B, T, C). Source: src/model.py,
+    mlp()."""
 
     def __init__(self, config):
         super().__init__()
         self.expand = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.gelu = GELU(config)
+        self.gelu, self.dropout = GELU(config), config.dropout
         self.projection = nn.Linear(4 * config.n_embd, config.n_embd)
-        self.dropout = config.dropout
 
     def forward(self, x):
         x = self.projection(self.gelu(self.expand(x)))  # (B, T, C) -> (B, T, 4C) -> (B, T, C)
@@ -240,16 +230,14 @@ class FeedForward(nn.Module):
 
 class TransformerBlock(nn.Module):
     """x = x + attention(norm_1(x)), then x = x + feed_forward(norm_2(x)): (B, T, C) -> (B, T, C).
-    The norms stand before the layers (pre-LayerNorm), not on the stream as in 2017: that is a plain
-    sum from bottom to top, through which the gradient reaches every layer undiminished, so that
-    deep stacks train easily. Source: GPT-2, section 2.3."""
+    With the norms before the layers (pre-LayerNorm), not on the stream, that is a plain sum,
+    through which the gradient reaches every layer undiminished: deep stacks train easily. Source:
+    GPT-2, 2.3."""
 
     def __init__(self, config):
         super().__init__()
-        self.norm_1 = LayerNorm(config)
-        self.attention = CausalSelfAttention(config)
-        self.norm_2 = LayerNorm(config)
-        self.feed_forward = FeedForward(config)
+        self.norm_1, self.attention = LayerNorm(config), CausalSelfAttention(config)
+        self.norm_2, self.feed_forward = LayerNorm(config), FeedForward(config)
 
     def forward(self, x, past=None, start=0):
         x = x + self.attention(self.norm_1(x), past, start)
@@ -295,9 +283,9 @@ class GPT(nn.Module):
             self.initialise()
 
     def initialise(self):
-        """Matrices and embeddings from N(0, 0.02²), as in GPT-1; biases 0, gains 1. The 2 * n_layer
-        projections that add to the stream start smaller by the square root of their number:
-        variances add up, so a deep stream starts no larger. Source: GPT-2, section 2.3."""
+        """N(0, 0.02²) for matrices and embeddings, 0 for biases. The 2 * n_layer projections that
+        add to the stream start smaller by the root of their number: variances add up. Source:
+        GPT-2, 2.3."""
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
                 depth = 2 * self.config.n_layer if name.endswith("projection.weight") else 1
@@ -322,11 +310,10 @@ class GPT(nn.Module):
 
 
 def cross_entropy(logits, targets):
-    """Mean negative log-likelihood in nats: logits (..., V), targets (...) int64 -> a scalar.
-        loss = mean of -log softmax(logits)[target] = mean of log(sum of exp(logits)) -
-        logits[target]
-    Who knows nothing gives each token 1/V: the loss starts near ln V, 10.8 for GPT-2's vocabulary.
-    logsumexp takes the largest logit out of the sum first, so that no exp overflows."""
+    """Mean negative log-likelihood in nats, of logits (..., V) and targets (...) int64: the mean of
+    log(sum of exp(logits)) - logits[target], that is of -log softmax(logits)[target]. Who knows
+    nothing gives each token 1/V, so it starts near ln V, 10.8 with GPT-2's vocabulary. No exp
+    overflows."""
     logits = logits if logits.dtype == torch.float64 else logits.float()  # sums need 32 bits
     chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)  # (B, T, V) -> (B, T)
     return (logits.logsumexp(-1) - chosen).mean()
@@ -349,10 +336,13 @@ def make_tokenizer(name, ranks, end_of_text):
 
 
 def read_gpt2_tokenizer(folder):
-    """The tokenizer in OpenAI's encoder.json, which numbers the tokens in the order learned. Bytes
-    that can't be printed stand there as chr(256), chr(257), ...: src/encoder.py,
+    """The tokenizer in encoder.json, whose numbers are the ranks; src/encoder.py,
     bytes_to_unicode()."""
     ranks = json.loads((folder / "encoder.json").read_text("utf-8"))
+    merges = (folder / "vocab.bpe").read_text("utf-8").split("\n")[1:-1]  # behind a version
+    fit = all(ranks.get(merge.replace(" ", "")) == 256 + n for n, merge in enumerate(merges))
+    require(fit, f"vocab.bpe and encoder.json in {folder} don't fit each other; delete the folder")
+    # A byte that can't be printed stands in its keys as chr(256), chr(257), ...
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     byte = {chr(b): b for b in printable}
     byte |= {chr(256 + n): b for n, b in enumerate(sorted({*range(256)} - {*printable}))}
@@ -362,9 +352,8 @@ def read_gpt2_tokenizer(folder):
 
 
 def load_tokenizer(name=None, folder="gpt2", text=None):
-    """GPT-2's tokenizer ("gpt2"), one of N tokens learned from text (N), or the first that can be
-    had (None). GPT-2's is in a folder/SIZE, or tiktoken has it, or downloads it; OSError if that
-    fails."""
+    """GPT-2's tokenizer ("gpt2": in a folder/SIZE, or by tiktoken, else OSError), one of N tokens
+    learned from text (N), or the first that can be had (None)."""
     if name in (None, "gpt2"):
         for vocabulary in sorted(Path(folder).glob("*/vocab.bpe")):
             return read_gpt2_tokenizer(vocabulary.parent)
@@ -375,7 +364,7 @@ def load_tokenizer(name=None, folder="gpt2", text=None):
             if name == "gpt2" or text is None:
                 raise OSError(f"{problem}; go online once, or use --tokenizer 1024") from error
             progress(f"{problem}; learning 1024 tokens from the text instead")
-    size = str(name or 1024)
+    size = "1024" if name is None else str(name)
     require(size.isdecimal(), f"--tokenizer is {name}, it must be gpt2 or a number from 257 up")
     require(text is not None, "a .bin file holds GPT-2's tokens, --tokenizer can only be gpt2")
     ranks = train_bpe(text, int(size) - 1)  # and then <|endoftext|>
@@ -383,9 +372,9 @@ def load_tokenizer(name=None, folder="gpt2", text=None):
 
 
 def train_bpe(text, vocab_size):
-    """Learn tokens from text -> {bytes: rank}, the 256 bytes first, then the learned, in order: the
-    most frequent pair of neighbours (of equals, the first met) is merged until there are vocab_size
-    tokens or no pairs. Source: Sennrich et al. 2016, algorithm 1. ValueError below 256."""
+    """Learn tokens from text -> {bytes: rank}: the 256 bytes, then the most frequent pair of
+    neighbours again and again, until there are vocab_size (ValueError below 256). Sennrich et al.
+    2016, algorithm 1."""
     require(vocab_size >= 256, f"a vocabulary of {vocab_size} tokens can't hold the 256 bytes")
     tokens = [bytes([b]) for b in range(256)]
     # WORDS for the standard library, which has no \p: a letter is a \w that is no digit and no _.
@@ -412,9 +401,9 @@ def train_bpe(text, vocab_size):
 #     window 0    I  HAD  always  thought                        its target: HAD always thought Jack
 #     window 1            always  thought  Jack  Gis             its target: thought Jack Gis burn
 class SlidingWindows(Dataset):
-    """Item i is (input, target), int64 (context_length,) each, from token i * stride on; there are
-    as many as fit. Only its own tokens are read, so `tokens` can be a memory map. ValueError for a
-    token that is vocab_size or more."""
+    """Item i is (input, target), int64 (context_length,) each, from token i * stride on. Only its
+    own tokens are read, so `tokens` can be a memory map. ValueError for tokens from vocab_size
+    on."""
 
     def __init__(self, tokens, context_length, stride, vocab_size=math.inf):
         self.tokens, self.context_length = tokens, context_length
@@ -439,17 +428,18 @@ class SlidingWindows(Dataset):
 # at about the learning rate. That rises linearly at first, while these means stem from too few
 # gradients to be trusted, then falls along half a cosine: large steps to get near, small to settle.
 # Everything random is a function of (seed, step) or (seed, epoch), so that none of it needs saving.
-#
-# Where the time goes: a token takes 6N + 12 * n_layer * C * T operations, forward and backward. 365
-# tokens a second of 124M with T = 256 (0.77 GFLOP each) are 281 GFLOP/s, 70% of the 400 that two
-# cores reach in bare products. Where the memory goes: a parameter, its gradient and AdamW's two means
-# are 4 bytes each, 2 GB for 124M, beside the activations. bfloat16 shortens the products only: all
-# these and the loss stay float32. Accumulation and processes cut a batch in pieces with the same sum.
+# Time: a token takes 6N + 12 * n_layer * C * T operations, forward and backward. 365 tokens a
+# second of 124M with T = 256, at 0.77 GFLOP, are 281 GFLOP/s: 70% of what two cores reach in bare
+# products. Memory: parameter, gradient and AdamW's two means have 4 bytes each, 2 GB for 124M,
+# activations apart. bfloat16 shortens products only; accumulation and processes cut a batch in
+# pieces of the same sum.
 def save_checkpoint(path, model, tokenizer, training_state=None):
-    """Write all that is needed to go on. Whatever happens, the file is the previous one or this
-    one."""
+    """Write all that is needed to go on; a kill leaves the previous file or this one."""
     content = {"format": 1, "config": asdict(model.config), "weights": model.state_dict()}
-    tokens = " ".join(token.hex() for token in tokenizer._mergeable_ranks)  # as text it loads fast
+    ranks = tokenizer._mergeable_ranks
+    tokens = " ".join(
+        token.hex() for token in sorted(ranks, key=ranks.get)
+    )  # as text it loads fast
     content["tokenizer"] = (tokenizer.name, tokens, tokenizer.eot_token)
     try:
         with open(f"{path}.tmp", "wb") as file:
@@ -463,8 +453,8 @@ def save_checkpoint(path, model, tokenizer, training_state=None):
 
 
 def load_checkpoint(path, **changes):
-    """The (model, tokenizer, training_state or None) that save_checkpoint wrote, mapped, not read;
-    `changes` replace fields of the GPTConfig. ValueError for a damaged or foreign file."""
+    """(model, tokenizer, training_state or None), mapped, not read; `changes` are of the
+    GPTConfig."""
     require(os.path.isfile(path), f"there is no file {path}; train first, or name another")
     try:
         with zipfile.ZipFile(path) as archive:  # it has checksums, which torch.load doesn't look at
@@ -478,7 +468,7 @@ def load_checkpoint(path, **changes):
         ranks = {bytes.fromhex(token): rank for rank, token in enumerate(tokens.split())}
         return model, make_tokenizer(name, ranks, end_of_text), content["training_state"]
     except Exception as error:
-        reason = str(error).split("\n")[0]
+        reason = str(error)[:99]
         raise ValueError(f"{path} is damaged or not a checkpoint of gpt.py ({reason})") from error
 
 
@@ -491,8 +481,8 @@ def learning_rate(step, options):
 
 
 def make_optimizer(model, weight_decay):
-    """AdamW that shrinks matrices and embeddings a little in each step, so that what nothing pulls
-    on goes to 0. Biases and gains (which have 1 dimension) have no reason to be near 0."""
+    """AdamW that pulls to 0 what nothing else pulls on, but not biases and gains (of 1
+    dimension)."""
     vectors = {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0}
     matrices = {"params": [p for p in model.parameters() if p.dim() > 1]}
     settings = {"weight_decay": weight_decay, "fused": True}  # fused: one pass over the parameters
@@ -500,8 +490,8 @@ def make_optimizer(model, weight_decay):
 
 
 def shuffled(n, seed, first, block=1 << 20):
-    """An endless row of epochs over n windows, from place `first` on; each is shuffled anew, a long
-    one block by block, so that the order takes no memory to speak of."""
+    """Numbers of windows, without end, from place `first` on; each epoch, by blocks, in a new
+    order."""
     for i in itertools.count(first):
         epoch, place = divmod(i, n)
         begin, at = place // block * block, place % block
@@ -543,11 +533,10 @@ def summarise(out):
 
 
 def prepare(name, dtype):
-    """The torch.device and torch.dtype of these names, auto the best there is. On a processor two
-    settings halve a step: mallopt() makes glibc keep large buffers, which it else returns and gets
-    back zeroed page by page; and MKL, which PyTorch has do float32 products, takes twice oneDNN's
-    time on AMD. oneDNN does them where bfloat16 is allowed. A processor with AMX would then round,
-    so that x times 1 isn't x: there it is forbidden again."""
+    """The torch.device and torch.dtype of these names. On a processor two settings halve a step.
+    glibc keeps large buffers that it would else return, and get back zeroed page by page. And
+    oneDNN does float32 products, on AMD in half of MKL's time, where bfloat16 is allowed: but a
+    processor with AMX would then round, so that x times 1 isn't x, and it is forbidden again."""
     here = ["cpu"] + ["mps"] * torch.backends.mps.is_available()
     here += ["cuda"] * torch.cuda.is_available()
     require(name in ("auto", *here), f"--device {name} is not there, only {', '.join(here)}")
@@ -572,7 +561,7 @@ def start(given, world):
     options.data = options.data or str(Path(__file__).resolve().with_name("the-verdict.txt"))
     if options.resume:
         model, tokenizer, state = load_checkpoint(Path(options.out, "checkpoint.pt"))
-        require(state, "only a checkpoint.pt of train can be resumed, not weights alone")
+        require(state, f"{options.out}/checkpoint.pt has weights alone, nothing to resume")
         saved, done = state["options"], state["step"]
         kept = given.keys() - {name for name, *_ in Options.table("resume")}
         changed = ", ".join(name for name in kept if given[name] != saved[name])
@@ -601,19 +590,24 @@ def start(given, world):
 
 
 def train(**given):
-    """Train a GPT as the options say, at their defaults unless given -> the model. Raises
-    ValueError or OSError for what is wrong with options, data or disk, and SystemExit on a
+    """Train as the options say -> the model. ValueError, OSError: what is wrong; SystemExit: a
     signal."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     options, model, tokenizer, state = start(given, world)
     out, (device, dtype) = Path(options.out), prepare(options.device, options.dtype)
     if options.data.endswith(".bin"):
+        size = os.path.getsize(options.data)
+        require(size and size % 2 == 0, f"{options.data} has {size} bytes, tokens have two each")
         tokens = np.memmap(options.data, dtype="<u2", mode="r")
     else:
         text = Path(options.data).read_text("utf-8")
         tokens = tokenizer.encode_to_numpy(text, allowed_special="all")
     cut = len(tokens) - int(len(tokens) * options.val_fraction)  # behind it, for validation only
     context, V = options.context or model.config.context_length, model.config.vocab_size
+    longest = model.config.context_length
+    require(
+        context <= longest, f"--context {context}, but the model reads {longest} tokens at most"
+    )
     windows = SlidingWindows(tokens[:cut], context, options.stride or max(1, context // 2), V)
     few = f"{options.data}: {cut} tokens to train on, a window needs {context + 1}"
     require(len(windows) > 0, f"{few}; use more text or a smaller --context")
@@ -665,19 +659,21 @@ def train(**given):
                 scaler.scale(part).backward()
                 loss += part.detach()
             scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), options.clip)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(done - 1, options)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), options.clip)
             # What all processes have to agree on: the loss of the whole batch, and whether to stop.
-            shared = torch.stack((loss / world, loss.new_tensor(len(signals))))
+            shared = torch.stack((loss / world, norm, loss.new_tensor(len(signals))))
             if world > 1:
                 torch.distributed.all_reduce(shared)
-            loss, stop = shared.tolist()
+            loss, norm, stop = shared.tolist()
+            finite = math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())
+            what = f"step {done}: the loss is {loss}, its gradient {norm}"
+            require(finite, f"{what}; lower --learning-rate, and resume or start anew")
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(done - 1, options)
+            scaler.step(optimizer)  # not, if it finds a gradient that isn't finite
+            scaler.update()
+            optimizer.zero_grad()
             speed = batch * context / (time.perf_counter() - started)
-            require(math.isfinite(loss), f"step {done}: the loss is {loss}; lower --learning-rate")
             if rank == 0:
                 measured, due = "", spread and (done % options.eval_every == 0 or last)
                 if due:
@@ -712,11 +708,10 @@ def train(**given):
 
 # ==================================================================================================
 # 6 Decoding
-# The model gives logits for the next token; three dials shape what is drawn from them. Temperature
-# divides the logits: below 1 the probable becomes more so, 0 takes the best. Top-k leaves the k
-# most probable tokens (Fan et al. 2018, section 5), top-p the fewest whose probabilities reach p in
-# sum (Holtzman et al. 2020, section 3.1); temperature decides how many those are, so it comes
-# first.
+# Three dials shape what is drawn. Temperature divides the logits: below 1 the probable becomes more
+# so, 0 takes the best. Top-k leaves the k most probable tokens (Fan et al. 2018, 5), top-p the
+# fewest that reach p in sum (Holtzman et al. 2020, 3.1): temperature decides how many those are, so
+# it comes first.
 def encode(tokenizer, text, device):
     """text -> its tokens (1, T); an empty one is <|endoftext|>, behind which texts begin."""
     tokens = tokenizer.encode(text, allowed_special="all") or [tokenizer.eot_token]
@@ -744,10 +739,9 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
 # tokens: [ a b c d e f g h ] + i -> [ f g h i . . . . ]. So a token costs the same in any text.
 def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos=None,
              seed=None, use_cache=True, samples=1):  # fmt: skip
-    """Yield the next token of each row, int64 (B * samples,), again and again. Of the prompt, int64
-    (B, T), the newest window is read; each row goes on in `samples` ways from one reading. Behind
-    eos comes only eos; when all rows are there, it ends. ValueError for logits that aren't
-    finite."""
+    """Yield the next token of each row, int64 (B * samples,), `samples` for each row of the prompt,
+    int64 (B, T). Behind eos comes only eos, and no more when all rows are there. ValueError for NaN
+    logits."""
     context, device = model.config.context_length, prompt.device
     generator = torch.Generator(device)
     generator.seed() if seed is None else generator.manual_seed(seed)
@@ -781,13 +775,14 @@ def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=N
 
 # ==================================================================================================
 # 7 GPT-2 weights
-# OpenAI published each size as a TensorFlow checkpoint. Where nn.Linear has x Wᵀ with W (out, in),
-# src/model.py has x w with w (1, in, out), a convolution of width 1 (conv1d()): each w loses its
-# first dimension and is transposed. c_attn, [ Wq | Wk | Wv ], is cut into query, key and value.
+# OpenAI published TensorFlow checkpoints. Where nn.Linear has x Wᵀ with W (out, in), src/model.py
+# has x w with w (1, in, out), a convolution (conv1d()): w loses its first dimension and is
+# transposed.
 GPT2_FILES = ["hparams.json", "encoder.json", "vocab.bpe", "model.ckpt.index"]
 GPT2_FILES += ["model.ckpt.data-00000-of-00001"]
 GPT2_LAYERS = {  # a layer in OpenAI's block h0, h1, ...: those in ours; variables w or g (gain), b
     "ln_1": ["norm_1"],  # g (C,), b (C,)
+    # w (1, C, 3C) = [ Wq | Wk | Wv ] and b (3C,) are cut into the three.
     "attn/c_attn": ["attention.query", "attention.key", "attention.value"],
     "attn/c_proj": ["attention.projection"],  # w (1, C, C), b (C,)
     "ln_2": ["norm_2"],  # g (C,), b (C,)
@@ -796,9 +791,21 @@ GPT2_LAYERS = {  # a layer in OpenAI's block h0, h1, ...: those in ours; variabl
 }
 
 
+class SafeRedirects(urllib.request.HTTPRedirectHandler):
+    """Lets no address but https, or one of this very machine, be asked."""
+
+    def redirect_request(self, *details):
+        self.check(details[-1])
+        return super().redirect_request(*details)
+
+    def check(self, url):
+        safe = re.match(r"https://|http://(127\.0\.0\.1|localhost|\[::1\])[:/]", url)
+        require(safe and "@" not in url, f"{url} is not https, nor http from this very machine")
+
+
 def download_gpt2(size, folder, url=None):
-    """Fetch those of OpenAI's files that the folder lacks, going on where an earlier call broke
-    off. Raises OSError, with the address, for whatever the network, the server or the disk does."""
+    """Fetch those of OpenAI's files that the folder lacks, going on where it broke off; or
+    OSError."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     for path in (Path(folder) / name for name in GPT2_FILES):
         part, address = Path(f"{path}.part"), f"{url or GPT2_URL}/{size}/{path.name}"
@@ -808,13 +815,16 @@ def download_gpt2(size, folder, url=None):
             have = (
                 max(0, part.stat().st_size - 1) if part.exists() else 0
             )  # asks for 1 byte at least
+            SafeRedirects().check(address)
             request = urllib.request.Request(address, headers={"Range": f"bytes={have}-"})
-            with urllib.request.urlopen(request, timeout=30) as answer:
+            with urllib.request.build_opener(SafeRedirects).open(request, timeout=30) as answer:
                 have = have if answer.status == 206 else 0  # else all of the file comes
-                total = have + int(answer.headers["Content-Length"])
+                length = answer.headers["Content-Length"]
+                require(length, "the server doesn't say how long the file is")
+                total = have + int(length)
                 with open(part, "r+b" if have else "wb") as file:
                     file.seek(file.truncate(have))
-                    while chunk := answer.read(1 << 20):
+                    while chunk := answer.read1(1 << 20):
                         page = file.tell() == 0 and chunk.lstrip().startswith(b"<")
                         require(not page, "a web page came, not the file")
                         file.write(chunk)
@@ -845,31 +855,32 @@ def convert_gpt2(folder):
         names[weight] = [f"blocks.{n}.{name}.weight" for name in ours]
         names[f"model/h{n}/{theirs}/b"] = [f"blocks.{n}.{name}.bias" for name in ours]
     weights = model.state_dict()
-    try:
-        reader = tensorflow.train.load_checkpoint(str(folder / "model.ckpt"))
-        shapes = reader.get_variable_to_shape_map()
-        for name in sorted(shapes.keys() ^ names.keys()):
-            raise ValueError(f"{folder}: {name} is {'missing' if name in names else 'unknown'}")
-        for theirs, ours in names.items():
-            rows, *columns = torch.cat([weights[name] for name in ours]).shape
-            shape = [1, *columns, rows] if theirs.endswith("/w") else [rows, *columns]
-            require(shapes[theirs] == shape, f"{theirs} is {shapes[theirs]}, not {shape}")
-            tensor = torch.from_numpy(reader.get_tensor(theirs))
-            tensor = tensor[0].T if theirs.endswith("/w") else tensor
-            weights |= zip(ours, map(torch.Tensor.contiguous, tensor.chunk(len(ours))), strict=True)
-    except tensorflow.errors.OpError as error:
-        raise ValueError(f"{folder} is damaged ({error}); delete it and run again") from error
+    reader = tensorflow.train.load_checkpoint(str(folder / "model.ckpt"))
+    shapes = reader.get_variable_to_shape_map()
+    for name in sorted(shapes.keys() ^ names.keys()):
+        raise ValueError(f"{name} is {'missing' if name in names else 'unknown'}")
+    for theirs, ours in names.items():
+        rows, *columns = torch.cat([weights[name] for name in ours]).shape
+        shape = [1, *columns, rows] if theirs.endswith("/w") else [rows, *columns]
+        require(shapes[theirs] == shape, f"{theirs} is {shapes[theirs]}, not {shape}")
+        tensor = torch.from_numpy(reader.get_tensor(theirs))
+        tensor = tensor[0].T if theirs.endswith("/w") else tensor
+        weights |= zip(ours, map(torch.Tensor.contiguous, tensor.chunk(len(ours))), strict=True)
     model.load_state_dict(weights, assign=True)
     return model, read_gpt2_tokenizer(folder)
 
 
 def load_gpt2(folder, **changes):
-    """The (model, tokenizer) in a folder with OpenAI's five files, without network. The first call
-    makes model.pt of them, which later ones read without TensorFlow. `changes` as above. ValueError
-    with the name of a missing, unknown or misshapen variable."""
+    """(model, tokenizer) from a folder with OpenAI's five files, the first time by way of
+    TensorFlow, then from model.pt. ValueError names the variable that is missing, unknown or
+    misshapen."""
     converted = Path(folder) / "model.pt"
     if not converted.exists():
-        save_checkpoint(converted, *convert_gpt2(Path(folder)))
+        try:
+            model, tokenizer = convert_gpt2(Path(folder))
+        except Exception as error:  # TensorFlow's, json's
+            raise ValueError(f"{folder}: {error!r}; delete the folder and run again") from error
+        save_checkpoint(converted, model, tokenizer)
     return load_checkpoint(converted, **changes)[:2]
 
 
@@ -918,10 +929,9 @@ def fail(message):
 def main(argv=None):
     """Run the command line; SystemExit(2) for a user's mistake."""
     parser = argparse.ArgumentParser("gpt.py", description=main.__doc__, allow_abbrev=False)
-    commands, parser.error = parser.add_subparsers(required=True), fail
+    commands, parser.error = parser.add_subparsers(dest="command", required=True), fail
     for run in (train, sample):
         command = commands.add_parser(run.__name__, help=run.__doc__, allow_abbrev=False)
-        command.set_defaults(run=run)
         command.error = fail
         for name, default, values, kind, text in Options.table(run.__name__):
             keywords = {"choices": values.split("|")} if "|" in values else {"type": kind}
@@ -931,19 +941,19 @@ def main(argv=None):
             command.add_argument(name, default=argparse.SUPPRESS, **keywords)
     given = vars(parser.parse_args(argv))
     try:
-        given.pop("run")(**given)
+        {"train": train, "sample": sample}[given.pop("command")](**given)
     except BrokenPipeError:  # whoever read our output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except UnicodeDecodeError as error:
-        fail(f"the text is not UTF-8: {error}")
+        fail(f"{given.get('data', 'the text')} is not UTF-8: {error}")
     except (ValueError, OSError) as error:
         fail(error)
     except RuntimeError as error:
-        if not given.get("compile"):
+        if not (given.get("compile") or "memory" in str(error)):
             raise
-        fail(f"torch.compile can't do it here ({error}); leave --compile out")
+        fail(f"{str(error)[:200]}; leave --compile out, or make the model smaller")
 
 
 if __name__ == "__main__":
