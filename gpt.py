@@ -52,17 +52,15 @@ class GPTConfig:
     def __post_init__(self):
         sizes = (self.vocab_size, self.context_length, self.n_embd, self.n_head, self.n_layer)
         require(min(sizes) >= 1, f"every size must be at least 1: {self}")
-        shared = self.n_embd % self.n_head == 0  # the heads share the channels evenly
-        require(shared, f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}")
+        require(
+            self.n_embd % self.n_head == 0, f"n_head {self.n_head} must divide n_embd {self.n_embd}"
+        )
         require(0 <= self.dropout < 1, f"dropout {self.dropout} must be at least 0 and below 1")
 
 
-GPT2_CONFIGS = {  # the four that OpenAI published, by their number of parameters; D is 64 in each
-    "124M": GPTConfig(n_embd=768, n_head=12, n_layer=12),
-    "355M": GPTConfig(n_embd=1024, n_head=16, n_layer=24),
-    "774M": GPTConfig(n_embd=1280, n_head=20, n_layer=36),
-    "1558M": GPTConfig(n_embd=1600, n_head=25, n_layer=48),
-}
+# The four that OpenAI published, by their number of parameters; a head has 64 channels in each.
+SHAPES = (("124M", 768, 12), ("355M", 1024, 24), ("774M", 1280, 36), ("1558M", 1600, 48))
+GPT2_CONFIGS = {size: GPTConfig(n_embd=C, n_head=C // 64, n_layer=n) for size, C, n in SHAPES}
 SIZES = {"small": GPTConfig(context_length=64, n_embd=384, n_head=6, n_layer=4), **GPT2_CONFIGS}
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 
@@ -136,10 +134,9 @@ class Options(argparse.Namespace):
 # moves information from row to row, the feed-forward network works on each row. x (B, T, C) are all
 # rows. nn.Linear(m, n) holds W (n, m) and b (n,), and maps x (..., m) to x Wᵀ + b (..., n).
 class LayerNorm(nn.Module):
-    """Each row brought to mean 0 and variance 1, then scaled and shifted as learned, so that a
-    layer reads numbers of one size, however far the stream has grown: y = (x - mean) /
-    sqrt(variance + eps) * weight + bias. (B, T, C) -> (B, T, C). Source: Ba et al. 2016, section
-    3.1; src/model.py, norm()."""
+    """y = (x - mean) / sqrt(variance + eps) * weight + bias, over the C of a row: (B, T, C) -> the
+    same. A layer reads numbers of one size, however far the stream has grown. Source: Ba et al.
+    2016, 3.1."""
 
     def __init__(self, config):
         super().__init__()
@@ -156,9 +153,9 @@ class LayerNorm(nn.Module):
 
 
 class GELU(nn.Module):
-    """x times the probability that a standard normal number is below it: a ReLU with a soft knee.
-    With the exact form slow once, GPT-2 learned with x/2 (1 + tanh(sqrt(2/π) (x + 0.044715 x³))).
-    Any shape -> the same. Source: Hendrycks and Gimpel 2016, section 2; src/model.py, gelu()."""
+    """x times the probability that a normal number is below it; a soft ReLU. GPT-2 learned with
+    this approximation, when the exact form was slow. Source: Hendrycks and Gimpel 2016, section
+    2."""
 
     def __init__(self, config):
         super().__init__()
@@ -229,10 +226,8 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """x = x + attention(norm_1(x)), then x = x + feed_forward(norm_2(x)): (B, T, C) -> (B, T, C).
-    With the norms before the layers (pre-LayerNorm), not on the stream, that is a plain sum,
-    through which the gradient reaches every layer undiminished: deep stacks train easily. Source:
-    GPT-2, 2.3."""
+    """Both layers read the stream through a norm and add to it (pre-LayerNorm): it stays a plain
+    sum, through which the gradient reaches every layer undiminished. Source: GPT-2, section 2.3."""
 
     def __init__(self, config):
         super().__init__()
@@ -240,8 +235,8 @@ class TransformerBlock(nn.Module):
         self.norm_2, self.feed_forward = LayerNorm(config), FeedForward(config)
 
     def forward(self, x, past=None, start=0):
-        x = x + self.attention(self.norm_1(x), past, start)
-        return x + self.feed_forward(self.norm_2(x))
+        x = x + self.attention(self.norm_1(x), past, start)  # (B, T, C)
+        return x + self.feed_forward(self.norm_2(x))  # (B, T, C)
 
 
 # ==================================================================================================
@@ -283,13 +278,12 @@ class GPT(nn.Module):
             self.initialise()
 
     def initialise(self):
-        """N(0, 0.02²) for matrices and embeddings, 0 for biases. The 2 * n_layer projections that
-        add to the stream start smaller by the root of their number: variances add up. Source:
-        GPT-2, 2.3."""
+        """Projections that add to the stream start smaller by the root of their number. GPT-2,
+        2.3."""
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
                 depth = 2 * self.config.n_layer if name.endswith("projection.weight") else 1
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(depth))
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(depth))  # variances add up
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
@@ -310,13 +304,12 @@ class GPT(nn.Module):
 
 
 def cross_entropy(logits, targets):
-    """Mean negative log-likelihood in nats, of logits (..., V) and targets (...) int64: the mean of
-    log(sum of exp(logits)) - logits[target], that is of -log softmax(logits)[target]. Who knows
-    nothing gives each token 1/V, so it starts near ln V, 10.8 with GPT-2's vocabulary. No exp
-    overflows."""
+    """Mean of -log softmax(logits)[target] in nats: logits (..., V), targets (...) int64 -> a
+    scalar. Who knows nothing gives each token 1/V, so it starts near ln V, 10.8 with GPT-2's
+    vocabulary."""
     logits = logits if logits.dtype == torch.float64 else logits.float()  # sums need 32 bits
     chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)  # (B, T, V) -> (B, T)
-    return (logits.logsumexp(-1) - chosen).mean()
+    return (logits.logsumexp(-1) - chosen).mean()  # log(sum of exp), the largest taken out first
 
 
 # ==================================================================================================
@@ -342,8 +335,7 @@ def read_gpt2_tokenizer(folder):
     merges = (folder / "vocab.bpe").read_text("utf-8").split("\n")[1:-1]  # behind a version
     fit = all(ranks.get(merge.replace(" ", "")) == 256 + n for n, merge in enumerate(merges))
     require(fit, f"vocab.bpe and encoder.json in {folder} don't fit each other; delete the folder")
-    # A byte that can't be printed stands in its keys as chr(256), chr(257), ...
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # others: chr(256), ...
     byte = {chr(b): b for b in printable}
     byte |= {chr(256 + n): b for n, b in enumerate(sorted({*range(256)} - {*printable}))}
     end_of_text = ranks.pop(END_OF_TEXT)
@@ -379,8 +371,7 @@ def train_bpe(text, vocab_size):
     tokens = [bytes([b]) for b in range(256)]
     # WORDS for the standard library, which has no \p: a letter is a \w that is no digit and no _.
     words = re.findall(r"'(?:[stmd]|re|ve|ll)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+", text)
-    # From here on, the characters of a word are token numbers: chr(n) stands for token n.
-    counts = Counter(word.encode().decode("latin-1") for word in words)
+    counts = Counter(word.encode().decode("latin-1") for word in words)  # chr(n) is token n
     while len(tokens) < vocab_size:
         pairs = Counter()
         for word, count in counts.items():
@@ -394,16 +385,13 @@ def train_bpe(text, vocab_size):
     return {token: rank for rank, token in enumerate(tokens)}
 
 
-# The targets are the input shifted by one: every place has the token that follows as its answer.
-# With a stride below the context a token is met at several positions, behind texts of several
-# lengths. A short text needs that: what was met at one position only isn't recognised at others.
+# The target is the input shifted by one: every place has the token that follows as its answer. With
+# a stride below the context a token is met at several positions: else it is recognised at one only.
 #     tokens      I  HAD  always  thought  Jack  Gis  burn       context 4, stride 2
 #     window 0    I  HAD  always  thought                        its target: HAD always thought Jack
 #     window 1            always  thought  Jack  Gis             its target: thought Jack Gis burn
 class SlidingWindows(Dataset):
-    """Item i is (input, target), int64 (context_length,) each, from token i * stride on. Only its
-    own tokens are read, so `tokens` can be a memory map. ValueError for tokens from vocab_size
-    on."""
+    """Item i is (input, target), int64 (context_length,) each, read from token i * stride on."""
 
     def __init__(self, tokens, context_length, stride, vocab_size=math.inf):
         self.tokens, self.context_length = tokens, context_length
@@ -415,7 +403,7 @@ class SlidingWindows(Dataset):
     def __getitem__(self, i):
         at = range(len(self))[i] * self.stride  # IndexError behind the last
         window = np.asarray(self.tokens[at : at + self.context_length + 1]).astype(np.int64)
-        known = window.max() < self.vocab_size
+        known = window.max() < self.vocab_size  # else the embedding would fail, or worse
         require(known, f"token {window.max()} in the data, the vocabulary has {self.vocab_size}")
         return torch.from_numpy(window[:-1]), torch.from_numpy(window[1:])
 
@@ -533,10 +521,7 @@ def summarise(out):
 
 
 def prepare(name, dtype):
-    """The torch.device and torch.dtype of these names. On a processor two settings halve a step.
-    glibc keeps large buffers that it would else return, and get back zeroed page by page. And
-    oneDNN does float32 products, on AMD in half of MKL's time, where bfloat16 is allowed: but a
-    processor with AMX would then round, so that x times 1 isn't x, and it is forbidden again."""
+    """The torch.device and torch.dtype of these names; and a processor made twice as fast."""
     here = ["cpu"] + ["mps"] * torch.backends.mps.is_available()
     here += ["cuda"] * torch.cuda.is_available()
     require(name in ("auto", *here), f"--device {name} is not there, only {', '.join(here)}")
@@ -544,13 +529,17 @@ def prepare(name, dtype):
     if dtype == "auto" and device.type == "cuda":  # GPUs from before 2020 have float16 only
         dtype = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
     if device.type == "cpu":
+        # glibc returns large buffers, and gets them back zeroed page by page; this makes it keep
+        # them.
         with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
             for option, value in ((-3, 1 << 30), (-1, (1 << 31) - 1)):  # M_MMAP_, M_TRIM_THRESHOLD
                 ctypes.CDLL(None).mallopt(option, value)
+        # oneDNN takes half of MKL's time on AMD for float32 products, which it gets with bfloat16
+        # allowed.
         products, x = torch.backends.mkldnn.matmul, torch.rand(512, 512)
         before, products.fp32_precision = products.fp32_precision, "bf16"
         if not torch.equal(x @ torch.eye(512), x):
-            products.fp32_precision = before
+            products.fp32_precision = before  # a processor with AMX would really round
     return device, getattr(torch, "float32" if dtype == "auto" else dtype)
 
 
@@ -734,14 +723,14 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
 
 
-# A full window can't just drop its first token: every position, so every key and value, would
-# change. Instead the newest half is read afresh from position 0 on, once in context_length / 2
-# tokens: [ a b c d e f g h ] + i -> [ f g h i . . . . ]. So a token costs the same in any text.
+# A full window can't drop a token: every position, so every key and value, would change. The newest
+# half is read afresh: [ a b c d e f g h ] + i -> [ f g h i . . . . ], so that a token costs the
+# same in any text.
 def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos=None,
              seed=None, use_cache=True, samples=1):  # fmt: skip
-    """Yield the next token of each row, int64 (B * samples,), `samples` for each row of the prompt,
-    int64 (B, T). Behind eos comes only eos, and no more when all rows are there. ValueError for NaN
-    logits."""
+    """Yield the next token of each row, int64 (B * samples,): `samples` for each row of prompt (B,
+    T). A row that had eos yields it again; all such rows end this. ValueError for logits not
+    finite."""
     context, device = model.config.context_length, prompt.device
     generator = torch.Generator(device)
     generator.seed() if seed is None else generator.manual_seed(seed)
@@ -791,16 +780,11 @@ GPT2_LAYERS = {  # a layer in OpenAI's block h0, h1, ...: those in ours; variabl
 }
 
 
-class SafeRedirects(urllib.request.HTTPRedirectHandler):
-    """Lets no address but https, or one of this very machine, be asked."""
+class NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows no redirection: who knows where to."""
 
     def redirect_request(self, *details):
-        self.check(details[-1])
-        return super().redirect_request(*details)
-
-    def check(self, url):
-        safe = re.match(r"https://|http://(127\.0\.0\.1|localhost|\[::1\])[:/]", url)
-        require(safe and "@" not in url, f"{url} is not https, nor http from this very machine")
+        return None
 
 
 def download_gpt2(size, folder, url=None):
@@ -815,9 +799,10 @@ def download_gpt2(size, folder, url=None):
             have = (
                 max(0, part.stat().st_size - 1) if part.exists() else 0
             )  # asks for 1 byte at least
-            SafeRedirects().check(address)
+            safe = re.match(r"https://|http://(127\.0\.0\.1|localhost|\[::1\])[:/]", address)
+            require(safe and "@" not in address, "only https is safe, or http from this machine")
             request = urllib.request.Request(address, headers={"Range": f"bytes={have}-"})
-            with urllib.request.build_opener(SafeRedirects).open(request, timeout=30) as answer:
+            with urllib.request.build_opener(NoRedirects).open(request, timeout=30) as answer:
                 have = have if answer.status == 206 else 0  # else all of the file comes
                 length = answer.headers["Content-Length"]
                 require(length, "the server doesn't say how long the file is")
@@ -871,9 +856,7 @@ def convert_gpt2(folder):
 
 
 def load_gpt2(folder, **changes):
-    """(model, tokenizer) from a folder with OpenAI's five files, the first time by way of
-    TensorFlow, then from model.pt. ValueError names the variable that is missing, unknown or
-    misshapen."""
+    """(model, tokenizer) from OpenAI's five files or, from the second time on, from model.pt."""
     converted = Path(folder) / "model.pt"
     if not converted.exists():
         try:
