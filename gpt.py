@@ -28,8 +28,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 # ==================================================================================================
 # 1 Config
 # Seven fields fix the architecture, and with it the number and shape of all parameters. `fused`
-# changes neither: each arithmetic of section 2 stands there twice, spelt out and as one fast
-# PyTorch kernel.
+# changes neither: section 2 has each arithmetic twice, spelt out and as one fast PyTorch kernel.
 def require(ok, message):
     """Raise ValueError unless ok: for what a user can mend."""
     if not ok:
@@ -52,13 +51,10 @@ class GPTConfig:
     def __post_init__(self):
         sizes = (self.vocab_size, self.context_length, self.n_embd, self.n_head, self.n_layer)
         require(min(sizes) >= 1, f"every size must be at least 1: {self}")
-        require(
-            self.n_embd % self.n_head == 0, f"n_head {self.n_head} must divide n_embd {self.n_embd}"
-        )
+        require(self.n_embd % self.n_head == 0, f"n_embd {self.n_embd} % n_head {self.n_head} > 0")
         require(0 <= self.dropout < 1, f"dropout {self.dropout} must be at least 0 and below 1")
 
 
-# The four that OpenAI published, by their number of parameters; a head has 64 channels in each.
 SHAPES = (("124M", 768, 12), ("355M", 1024, 24), ("774M", 1280, 36), ("1558M", 1600, 48))
 GPT2_CONFIGS = {size: GPTConfig(n_embd=C, n_head=C // 64, n_layer=n) for size, C, n in SHAPES}
 SIZES = {"small": GPTConfig(context_length=64, n_embd=384, n_head=6, n_layer=4), **GPT2_CONFIGS}
@@ -66,11 +62,11 @@ GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 
 
 class Options(argparse.Namespace):
-    """The options of a command (t train, s sample; r: may change when a run is resumed): those given,
+    """The options of a command (t train, s sample; r may change when a run resumes): those given,
     or the default (- is None), of values a|b, 1.. (whole) or 0.0..1; what it does [None means].
-    t    data           -      text        UTF-8, or .bin: GPT-2's tokens as raw uint16 [the-verdict.txt]
+    t    data           -      text        UTF-8, or .bin: GPT-2's tokens, uint16 [the-verdict.txt]
     t    val_fraction   0.1    0.0..0.99   the end of the data, kept for validation
-    t    tokenizer      -      text        gpt2, or N: learn N tokens from the data [gpt2, else 1024]
+    t    tokenizer      -      text        gpt2, or N: learn N tokens from data [gpt2, else 1024]
     t    size           small  small|124M|355M|774M|1558M  the shape of a new model
     ts   gpt2           -      124M|355M|774M|1558M  use OpenAI's weights
     ts   gpt2_folder    gpt2   text        where its files are kept, in a folder for each size
@@ -93,7 +89,7 @@ class Options(argparse.Namespace):
     tr   eval_every     20     1..         steps between measurements of the validation loss
     tr   save_every     100    1..         steps between checkpoints
     tr   sample_every   100    1..         steps between samples of text
-    ts   prompt         I HAD always thought  text  the text to continue; of s, - reads standard input
+    ts   prompt         I HAD always thought  text  to continue; for s, - reads standard input
     s    tokens         100    1..         the most tokens to add
     s    temperature    0.8    0.0..1e6    0 greedy, below 1 bolder, above 1 more varied
     s    top_k          50     1..         draw among the k most probable tokens
@@ -134,9 +130,8 @@ class Options(argparse.Namespace):
 # moves information from row to row, the feed-forward network works on each row. x (B, T, C) are all
 # rows. nn.Linear(m, n) holds W (n, m) and b (n,), and maps x (..., m) to x Wᵀ + b (..., n).
 class LayerNorm(nn.Module):
-    """y = (x - mean) / sqrt(variance + eps) * weight + bias, over the C of a row: (B, T, C) -> the
-    same. A layer reads numbers of one size, however far the stream has grown. Source: Ba et al.
-    2016, 3.1."""
+    """y = (x - mean) / sqrt(variance + eps) * weight + bias over the C of each row of (B, T, C): so
+    layers read numbers of one size. Source: Ba et al. 2016, section 3.1; src/model.py, norm()."""
 
     def __init__(self, config):
         super().__init__()
@@ -153,9 +148,8 @@ class LayerNorm(nn.Module):
 
 
 class GELU(nn.Module):
-    """x times the probability that a normal number is below it; a soft ReLU. GPT-2 learned with
-    this approximation, when the exact form was slow. Source: Hendrycks and Gimpel 2016, section
-    2."""
+    """x times the probability that a normal number is below it, a soft ReLU; approximated, as the
+    exact form was slow when GPT-2 learned. Hendrycks and Gimpel 2016, section 2; src/model.py."""
 
     def __init__(self, config):
         super().__init__()
@@ -170,10 +164,10 @@ class GELU(nn.Module):
 class CausalSelfAttention(nn.Module):
     """Each token mixes together what it finds in itself and the tokens before it.
         attention(Q, K, V) = softmax(Q Kᵀ / sqrt(D) + mask) V                 in each of H heads
-    A row's query says what it looks for, its key what it offers, its value what it hands over. A
-    score, query times key, sums D products, so it grows like sqrt(D); divided by that it keeps a
-    size at which the softmax isn't one hard choice with no gradient left. The mask makes the scores
-    of later tokens -∞ before the softmax, so that the weights of those that may be seen sum to 1:
+    A row's query says what it looks for, its key what it offers, its value what it hands over. The
+    score of query and key sums D products, so it grows like sqrt(D); divided by that it has a size
+    at which the softmax isn't one hard choice with no gradient left. The mask sets scores of later
+    tokens to -∞ before the softmax, so that the weights of those that may be seen sum to 1:
                         key:   I   HAD  always     (B, T, C) -> (B, T, C)
         query  I              1.0   0     0        Row t knows tokens up to t only: one pass over a
                HAD            0.7  0.3    0        text predicts at all T places, none of which
@@ -203,7 +197,7 @@ class CausalSelfAttention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, T > 1 and mask is None)
         else:
             scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, H, T, S)
-            scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)
+            scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)  # exp(-∞) = 0
             weights = F.dropout(torch.softmax(scores, dim=-1), dropout)  # rows sum to 1
             y = weights @ v  # (B, H, T, S) @ (B, H, S, D) -> (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
@@ -211,8 +205,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """gelu(x W₁ᵀ + b₁) W₂ᵀ + b₂, 4C wide inside: (B, T, C) -> (B, T, C). Source: src/model.py,
-    mlp()."""
+    """gelu(x W₁ᵀ + b₁) W₂ᵀ + b₂: (B, T, C) -> (B, T, 4C) -> (B, T, C). src/model.py, mlp()."""
 
     def __init__(self, config):
         super().__init__()
@@ -221,8 +214,7 @@ class FeedForward(nn.Module):
         self.projection = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
-        x = self.projection(self.gelu(self.expand(x)))  # (B, T, C) -> (B, T, 4C) -> (B, T, C)
-        return F.dropout(x, self.dropout, self.training)
+        return F.dropout(self.projection(self.gelu(self.expand(x))), self.dropout, self.training)
 
 
 class TransformerBlock(nn.Module):
@@ -248,18 +240,16 @@ class TransformerBlock(nn.Module):
 # The head, which turns a row into V scores, is the token embedding once more ("tied"): what is near
 # a token's vector predicts that token. This saves V * C parameters, 38.6 of 163 million in 124M.
 # Thanks to the mask, keys and values never depend on later tokens. When a text grows they stay what
-# they were, so they are computed once and kept, and only new tokens' rows go through the blocks:
-#     read "I HAD"      [ I | HAD |        |     ]   cache.length 2
-#     read "always"     [ I | HAD | always |     ]   cache.length 3
+# they were: computed once, they are kept, and only new tokens' rows go through the blocks.
+#     [ I | HAD |        |     ], cache.length 2; read "always": [ I | HAD | always |     ], 3
 # The price: 2 * n_layer * C numbers a token, in 124M with float32 72 KiB, 72 MiB a full window.
 class KVCache:
     """The keys and values of the tokens read so far, in buffers made once, for `length` tokens."""
 
     def __init__(self, config, batch_size, length=None, device=None, dtype=None):
         length, D = length or config.context_length, config.n_embd // config.n_head
-        new = functools.partial(torch.empty, (batch_size, config.n_head, length, D))
-        new = functools.partial(new, device=device, dtype=dtype)
-        self.layers = [[new(), new()] for _ in range(config.n_layer)]  # keys and values of each
+        new = functools.partial(torch.empty, (batch_size, config.n_head, length, D), dtype=dtype)
+        self.layers = [[new(device=device), new(device=device)] for _ in range(config.n_layer)]
         self.length = 0  # tokens held
 
 
@@ -278,8 +268,7 @@ class GPT(nn.Module):
             self.initialise()
 
     def initialise(self):
-        """Projections that add to the stream start smaller by the root of their number. GPT-2,
-        2.3."""
+        """GPT-2, section 2.3: projections onto the stream start smaller, since variances add up."""
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
                 depth = 2 * self.config.n_layer if name.endswith("projection.weight") else 1
@@ -304,9 +293,8 @@ class GPT(nn.Module):
 
 
 def cross_entropy(logits, targets):
-    """Mean of -log softmax(logits)[target] in nats: logits (..., V), targets (...) int64 -> a
-    scalar. Who knows nothing gives each token 1/V, so it starts near ln V, 10.8 with GPT-2's
-    vocabulary."""
+    """Mean of -log softmax(logits)[target] in nats: logits (..., V), targets (...) int64. A new GPT
+    gives each token about 1/V: the loss starts near ln V, 10.8 with GPT-2's vocabulary."""
     logits = logits if logits.dtype == torch.float64 else logits.float()  # sums need 32 bits
     chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)  # (B, T, V) -> (B, T)
     return (logits.logsumexp(-1) - chosen).mean()  # log(sum of exp), the largest taken out first
@@ -316,21 +304,18 @@ def cross_entropy(logits, targets):
 # 4 Dataset
 # GPT-2's tokenizer starts from the 256 bytes, so that it can write anything, and has learned 50,000
 # longer tokens by merging the most frequent pair of neighbours again and again (byte-pair encoding;
-# Sennrich et al. 2016, GPT-2 section 2.2), within words and the space before them. tiktoken
-# encodes.
-END_OF_TEXT = "<|endoftext|>"  # the token between two documents; text doesn't merge into it
+# Sennrich et al. 2016, GPT-2 2.2), within words and the space before them. tiktoken encodes.
+EOT = "<|endoftext|>"  # the token between two documents; text doesn't merge into it
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
-def make_tokenizer(name, ranks, end_of_text):
+def make_tokenizer(name, ranks, eot):
     """A tiktoken.Encoding from ranks, {bytes of a token: its number}; lower ones merge first."""
-    special = {END_OF_TEXT: end_of_text}
-    return tiktoken.Encoding(name, pat_str=WORDS, mergeable_ranks=ranks, special_tokens=special)
+    return tiktoken.Encoding(name, pat_str=WORDS, mergeable_ranks=ranks, special_tokens={EOT: eot})
 
 
 def read_gpt2_tokenizer(folder):
-    """The tokenizer in encoder.json, whose numbers are the ranks; src/encoder.py,
-    bytes_to_unicode()."""
+    """The tokenizer of encoder.json: the ranks. Source: src/encoder.py, bytes_to_unicode()."""
     ranks = json.loads((folder / "encoder.json").read_text("utf-8"))
     merges = (folder / "vocab.bpe").read_text("utf-8").split("\n")[1:-1]  # behind a version
     fit = all(ranks.get(merge.replace(" ", "")) == 256 + n for n, merge in enumerate(merges))
@@ -338,7 +323,7 @@ def read_gpt2_tokenizer(folder):
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # others: chr(256), ...
     byte = {chr(b): b for b in printable}
     byte |= {chr(256 + n): b for n, b in enumerate(sorted({*range(256)} - {*printable}))}
-    end_of_text = ranks.pop(END_OF_TEXT)
+    end_of_text = ranks.pop(EOT)
     ranks = {bytes(byte[c] for c in token): rank for token, rank in ranks.items()}
     return make_tokenizer("gpt2", ranks, end_of_text)
 
@@ -364,22 +349,21 @@ def load_tokenizer(name=None, folder="gpt2", text=None):
 
 
 def train_bpe(text, vocab_size):
-    """Learn tokens from text -> {bytes: rank}: the 256 bytes, then the most frequent pair of
-    neighbours again and again, until there are vocab_size (ValueError below 256). Sennrich et al.
-    2016, algorithm 1."""
+    """Learn {bytes: rank}: the 256 bytes, then again and again the most frequent pair of neighbours
+    until there are vocab_size (ValueError below 256). Source: Sennrich et al. 2016, algorithm 1."""
     require(vocab_size >= 256, f"a vocabulary of {vocab_size} tokens can't hold the 256 bytes")
     tokens = [bytes([b]) for b in range(256)]
     # WORDS for the standard library, which has no \p: a letter is a \w that is no digit and no _.
     words = re.findall(r"'(?:[stmd]|re|ve|ll)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+", text)
     counts = Counter(word.encode().decode("latin-1") for word in words)  # chr(n) is token n
     while len(tokens) < vocab_size:
-        pairs = Counter()
+        pairs = Counter()  # recounted for each merge
         for word, count in counts.items():
             for pair in itertools.pairwise(word):
                 pairs[pair] += count
         if not pairs:
             break
-        left, right = max(pairs, key=pairs.get)
+        left, right = max(pairs, key=pairs.get)  # of equals the first met
         counts = {word.replace(left + right, chr(len(tokens))): n for word, n in counts.items()}
         tokens.append(tokens[ord(left)] + tokens[ord(right)])
     return {token: rank for rank, token in enumerate(tokens)}
@@ -387,8 +371,7 @@ def train_bpe(text, vocab_size):
 
 # The target is the input shifted by one: every place has the token that follows as its answer. With
 # a stride below the context a token is met at several positions: else it is recognised at one only.
-#     tokens      I  HAD  always  thought  Jack  Gis  burn       context 4, stride 2
-#     window 0    I  HAD  always  thought                        its target: HAD always thought Jack
+#     tokens      I  HAD  always  thought  Jack  Gis  burn       context 4, stride 2;
 #     window 1            always  thought  Jack  Gis             its target: thought Jack Gis burn
 class SlidingWindows(Dataset):
     """Item i is (input, target), int64 (context_length,) each, read from token i * stride on."""
@@ -416,11 +399,10 @@ class SlidingWindows(Dataset):
 # at about the learning rate. That rises linearly at first, while these means stem from too few
 # gradients to be trusted, then falls along half a cosine: large steps to get near, small to settle.
 # Everything random is a function of (seed, step) or (seed, epoch), so that none of it needs saving.
-# Time: a token takes 6N + 12 * n_layer * C * T operations, forward and backward. 365 tokens a
-# second of 124M with T = 256, at 0.77 GFLOP, are 281 GFLOP/s: 70% of what two cores reach in bare
-# products. Memory: parameter, gradient and AdamW's two means have 4 bytes each, 2 GB for 124M,
-# activations apart. bfloat16 shortens products only; accumulation and processes cut a batch in
-# pieces of the same sum.
+# Time: a token takes 6N + 12 * n_layer * C * T operations, forward and backward: 0.77 GFLOP in 124M
+# with T = 256, so 365 tokens/s are 281 GFLOP/s, 70% of what two cores reach. Memory: a parameter,
+# its gradient and AdamW's two means take 16 bytes, 2 GB for 124M. bfloat16 shortens products only;
+# accumulation and processes cut a batch in pieces of the same sum.
 def save_checkpoint(path, model, tokenizer, training_state=None):
     """Write all that is needed to go on; a kill leaves the previous file or this one."""
     content = {"format": 1, "config": asdict(model.config), "weights": model.state_dict()}
@@ -432,7 +414,7 @@ def save_checkpoint(path, model, tokenizer, training_state=None):
     try:
         with open(f"{path}.tmp", "wb") as file:
             torch.save(content | {"training_state": training_state}, file)
-            file.flush()
+            file.flush()  # Python's buffer
             os.fsync(file.fileno())  # first on the disk, then under its name
         os.replace(f"{path}.tmp", path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
@@ -441,8 +423,7 @@ def save_checkpoint(path, model, tokenizer, training_state=None):
 
 
 def load_checkpoint(path, **changes):
-    """(model, tokenizer, training_state or None), mapped, not read; `changes` are of the
-    GPTConfig."""
+    """(model, tokenizer, training_state or None), mapped, not read; `changes` go to the config."""
     require(os.path.isfile(path), f"there is no file {path}; train first, or name another")
     try:
         with zipfile.ZipFile(path) as archive:  # it has checksums, which torch.load doesn't look at
@@ -456,8 +437,7 @@ def load_checkpoint(path, **changes):
         ranks = {bytes.fromhex(token): rank for rank, token in enumerate(tokens.split())}
         return model, make_tokenizer(name, ranks, end_of_text), content["training_state"]
     except Exception as error:
-        reason = str(error)[:99]
-        raise ValueError(f"{path} is damaged or not a checkpoint of gpt.py ({reason})") from error
+        raise ValueError(f"{path} is damaged or not a checkpoint of gpt.py ({error})") from error
 
 
 def learning_rate(step, options):
@@ -468,18 +448,15 @@ def learning_rate(step, options):
     return options.learning_rate * (0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2)
 
 
-def make_optimizer(model, weight_decay):
-    """AdamW that pulls to 0 what nothing else pulls on, but not biases and gains (of 1
-    dimension)."""
+def make_optimizer(model, decay):
+    """AdamW, betas as in GPT-3, that pulls matrices and embeddings to 0, not biases and gains."""
     vectors = {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0}
     matrices = {"params": [p for p in model.parameters() if p.dim() > 1]}
-    settings = {"weight_decay": weight_decay, "fused": True}  # fused: one pass over the parameters
-    return torch.optim.AdamW([matrices, vectors], betas=(0.9, 0.95), **settings)  # βs as in GPT-3
+    return torch.optim.AdamW([matrices, vectors], weight_decay=decay, betas=(0.9, 0.95), fused=True)
 
 
 def shuffled(n, seed, first, block=1 << 20):
-    """Numbers of windows, without end, from place `first` on; each epoch, by blocks, in a new
-    order."""
+    """Window numbers without end, from place `first` on, each epoch in a new order."""
     for i in itertools.count(first):
         epoch, place = divmod(i, n)
         begin, at = place // block * block, place % block
@@ -516,12 +493,15 @@ def summarise(out):
             heights = 7.99 * (points - min(points)) / (np.ptp(points) or 1)
             line = "".join("▁▂▃▄▅▆▇█"[int(height)] for height in heights)
             progress(f"{name:>10} {losses[0]:6.3f} {line} {losses[-1]:.3f}, best {min(losses):.3f}")
-    progress(f"{out}/checkpoint.pt has the last weights, {out}/best.pt the best for new text; try:")
+    progress(
+        f"{out}/best.pt has the weights of the lowest validation loss, and for the last ones try:"
+    )
     progress(f"python gpt.py sample --checkpoint {out}/checkpoint.pt --temperature 0")
 
 
 def prepare(name, dtype):
-    """The torch.device and torch.dtype of these names; and a processor made twice as fast."""
+    """The torch.device and torch.dtype of these names. On a processor, glibc and oneDNN (which has
+    float32 products only if bfloat16 is allowed) are set up to halve the time of a step."""
     here = ["cpu"] + ["mps"] * torch.backends.mps.is_available()
     here += ["cuda"] * torch.cuda.is_available()
     require(name in ("auto", *here), f"--device {name} is not there, only {', '.join(here)}")
@@ -529,15 +509,11 @@ def prepare(name, dtype):
     if dtype == "auto" and device.type == "cuda":  # GPUs from before 2020 have float16 only
         dtype = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
     if device.type == "cpu":
-        # glibc returns large buffers, and gets them back zeroed page by page; this makes it keep
-        # them.
         with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
             for option, value in ((-3, 1 << 30), (-1, (1 << 31) - 1)):  # M_MMAP_, M_TRIM_THRESHOLD
-                ctypes.CDLL(None).mallopt(option, value)
-        # oneDNN takes half of MKL's time on AMD for float32 products, which it gets with bfloat16
-        # allowed.
+                ctypes.CDLL(None).mallopt(option, value)  # keeps buffers: new ones are zeroed
         products, x = torch.backends.mkldnn.matmul, torch.rand(512, 512)
-        before, products.fp32_precision = products.fp32_precision, "bf16"
+        before, products.fp32_precision = products.fp32_precision, "bf16"  # oneDNN, not MKL
         if not torch.equal(x @ torch.eye(512), x):
             products.fp32_precision = before  # a processor with AMX would really round
     return device, getattr(torch, "float32" if dtype == "auto" else dtype)
@@ -574,13 +550,12 @@ def start(given, world):
     tokenizer = load_tokenizer(options.tokenizer, options.gpt2_folder, text)
     config = replace(SIZES[options.size], vocab_size=tokenizer.n_vocab, **shape, **changes)
     config = replace(config, context_length=options.context or config.context_length)
-    torch.manual_seed(options.seed)
+    torch.manual_seed(options.seed)  # for the initial parameters
     return options, GPT(config), tokenizer, state
 
 
 def train(**given):
-    """Train as the options say -> the model. ValueError, OSError: what is wrong; SystemExit: a
-    signal."""
+    """Train as the options say -> the model. ValueError or OSError for what is wrong with them."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     options, model, tokenizer, state = start(given, world)
     out, (device, dtype) = Path(options.out), prepare(options.device, options.dtype)
@@ -593,13 +568,10 @@ def train(**given):
         tokens = tokenizer.encode_to_numpy(text, allowed_special="all")
     cut = len(tokens) - int(len(tokens) * options.val_fraction)  # behind it, for validation only
     context, V = options.context or model.config.context_length, model.config.vocab_size
-    longest = model.config.context_length
-    require(
-        context <= longest, f"--context {context}, but the model reads {longest} tokens at most"
-    )
+    most = model.config.context_length
+    require(context <= most, f"--context {context} is more than the model's window of {most}")
     windows = SlidingWindows(tokens[:cut], context, options.stride or max(1, context // 2), V)
-    few = f"{options.data}: {cut} tokens to train on, a window needs {context + 1}"
-    require(len(windows) > 0, f"{few}; use more text or a smaller --context")
+    require(len(windows) > 0, f"{options.data}: {cut} tokens to train on, {context + 1} are needed")
     short = max(1, min(context, len(tokens) - cut - 1))  # a short part, a shorter window
     val_windows = SlidingWindows(tokens[cut:], short, short, V)
     spread = range(0, len(val_windows), 1 + len(val_windows) // 64)  # of many, up to 64 will do
@@ -614,9 +586,8 @@ def train(**given):
     if options.resume:
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"] or scaler.state_dict())
-    if options.compile:
-        model.compile()  # in place, so that parameters keep their names
-    parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    parallel = torch.compile(model) if options.compile else model  # shares the parameters
+    parallel = nn.parallel.DistributedDataParallel(parallel) if world > 1 else parallel
     if rank == 0:
         if not options.resume and any(
             (out / name).exists() for name in ("checkpoint.pt", "best.pt")
@@ -649,19 +620,17 @@ def train(**given):
                 loss += part.detach()
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), options.clip)
-            # What all processes have to agree on: the loss of the whole batch, and whether to stop.
             shared = torch.stack((loss / world, norm, loss.new_tensor(len(signals))))
-            if world > 1:
+            if world > 1:  # all processes have to agree on the loss, and whether to stop
                 torch.distributed.all_reduce(shared)
             loss, norm, stop = shared.tolist()
             finite = math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())
-            what = f"step {done}: the loss is {loss}, its gradient {norm}"
-            require(finite, f"{what}; lower --learning-rate, and resume or start anew")
+            require(finite, f"step {done}: loss {loss}, gradient {norm}; lower --learning-rate")
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(done - 1, options)
             scaler.step(optimizer)  # not, if it finds a gradient that isn't finite
-            scaler.update()
-            optimizer.zero_grad()
+            scaler.update()  # a smaller factor after an overflow, in time a larger one
+            optimizer.zero_grad()  # sets them to None: the next backward pass makes them anew
             speed = batch * context / (time.perf_counter() - started)
             if rank == 0:
                 measured, due = "", spread and (done % options.eval_every == 0 or last)
@@ -682,13 +651,16 @@ def train(**given):
                     state |= {"optimizer": optimizer.state_dict()}
                     save_checkpoint(out / "checkpoint.pt", model, tokenizer, state)
                 if done % options.sample_every == 0 or last:
-                    added = generate(model.eval(), encode(tokenizer, options.prompt, device), 40, 0)
+                    prompt = tokenizer.encode(options.prompt, allowed_special="all")
+                    prompt = torch.tensor([prompt or [tokenizer.eot_token]], device=device)
+                    added = generate(model.eval(), prompt, 40, temperature=0)
                     print(options.prompt + tokenizer.decode([*map(int, added)]), flush=True)
-                    model.train()
+                    model.train()  # dropout on again
             if stop:
                 progress(f"stopped after step {done}, saved; go on with --resume")
                 raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
     if world > 1:
+        torch.distributed.barrier()  # one may still be saving
         torch.distributed.destroy_process_group()
     if rank == 0:
         summarise(out)
@@ -698,24 +670,17 @@ def train(**given):
 # ==================================================================================================
 # 6 Decoding
 # Three dials shape what is drawn. Temperature divides the logits: below 1 the probable becomes more
-# so, 0 takes the best. Top-k leaves the k most probable tokens (Fan et al. 2018, 5), top-p the
-# fewest that reach p in sum (Holtzman et al. 2020, 3.1): temperature decides how many those are, so
-# it comes first.
-def encode(tokenizer, text, device):
-    """text -> its tokens (1, T); an empty one is <|endoftext|>, behind which texts begin."""
-    tokens = tokenizer.encode(text, allowed_special="all") or [tokenizer.eot_token]
-    return torch.tensor([tokens], device=device)
-
-
+# so, 0 takes the best. Top-k leaves the k most probable tokens (Fan et al. 2018), top-p the fewest
+# that reach p in sum (Holtzman et al. 2020): how many, temperature decides, so it comes first.
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draw the next token of each row: logits (B, V) -> int64 (B,). Ties at place k all stay."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    logits = logits.float() / temperature  # (B, V)
     if top_k is not None and top_k < logits.shape[-1]:
         kth = logits.topk(top_k).values[:, -1:]  # (B, 1), found without sorting V numbers
         logits = logits.masked_fill(logits < kth, -math.inf)
-    probabilities = torch.softmax(logits, -1)
+    probabilities = torch.softmax(logits, -1)  # (B, V)
     if top_p is not None and top_p < 1:
         ordered, tokens = probabilities.sort(descending=True)
         before = ordered.cumsum(-1) - ordered  # mass of the more probable; 0 for the first
@@ -724,17 +689,15 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
 
 
 # A full window can't drop a token: every position, so every key and value, would change. The newest
-# half is read afresh: [ a b c d e f g h ] + i -> [ f g h i . . . . ], so that a token costs the
-# same in any text.
+# half is read afresh: [ a b c d e f g h ] + i -> [ f g h i . . . . ]. So any text costs the same.
 def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos=None,
              seed=None, use_cache=True, samples=1):  # fmt: skip
-    """Yield the next token of each row, int64 (B * samples,): `samples` for each row of prompt (B,
-    T). A row that had eos yields it again; all such rows end this. ValueError for logits not
-    finite."""
+    """Yield the next token of each row, int64 (B * samples,), `samples` for each of prompt (B, T).
+    Behind eos comes eos, until all rows are there. ValueError for logits that aren't finite."""
     context, device = model.config.context_length, prompt.device
     generator = torch.Generator(device)
     generator.seed() if seed is None else generator.manual_seed(seed)
-    window = unread = prompt[:, -context:]
+    window = unread = prompt[:, -context:]  # (B, T)
     length, dtype = min(context, window.shape[1] + max_new_tokens), model.final_norm.weight.dtype
     cache = KVCache(model.config, len(prompt), length, device, dtype) if use_cache else None
     ended = torch.zeros(samples * len(prompt), dtype=torch.bool, device=device)
@@ -764,15 +727,13 @@ def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=N
 
 # ==================================================================================================
 # 7 GPT-2 weights
-# OpenAI published TensorFlow checkpoints. Where nn.Linear has x Wᵀ with W (out, in), src/model.py
-# has x w with w (1, in, out), a convolution (conv1d()): w loses its first dimension and is
-# transposed.
+# Where nn.Linear has x Wᵀ with W (out, in), OpenAI's TensorFlow has x w with w (1, in, out), as a
+# convolution (src/model.py, conv1d()): w loses its first dimension and is transposed.
 GPT2_FILES = ["hparams.json", "encoder.json", "vocab.bpe", "model.ckpt.index"]
 GPT2_FILES += ["model.ckpt.data-00000-of-00001"]
 GPT2_LAYERS = {  # a layer in OpenAI's block h0, h1, ...: those in ours; variables w or g (gain), b
     "ln_1": ["norm_1"],  # g (C,), b (C,)
-    # w (1, C, 3C) = [ Wq | Wk | Wv ] and b (3C,) are cut into the three.
-    "attn/c_attn": ["attention.query", "attention.key", "attention.value"],
+    "attn/c_attn": ["attention.query", "attention.key", "attention.value"],  # [ Wq | Wk | Wv ]
     "attn/c_proj": ["attention.projection"],  # w (1, C, C), b (C,)
     "ln_2": ["norm_2"],  # g (C,), b (C,)
     "mlp/c_fc": ["feed_forward.expand"],  # w (1, C, 4C), b (4C,)
@@ -780,16 +741,11 @@ GPT2_LAYERS = {  # a layer in OpenAI's block h0, h1, ...: those in ours; variabl
 }
 
 
-class NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Follows no redirection: who knows where to."""
-
-    def redirect_request(self, *details):
-        return None
+NoRedirects = type("", (urllib.request.HTTPRedirectHandler,), {"redirect_request": lambda *_: None})
 
 
 def download_gpt2(size, folder, url=None):
-    """Fetch those of OpenAI's files that the folder lacks, going on where it broke off; or
-    OSError."""
+    """Fetch those of OpenAI's files that the folder lacks, from where it broke off; or OSError."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     for path in (Path(folder) / name for name in GPT2_FILES):
         part, address = Path(f"{path}.part"), f"{url or GPT2_URL}/{size}/{path.name}"
@@ -804,14 +760,12 @@ def download_gpt2(size, folder, url=None):
             request = urllib.request.Request(address, headers={"Range": f"bytes={have}-"})
             with urllib.request.build_opener(NoRedirects).open(request, timeout=30) as answer:
                 have = have if answer.status == 206 else 0  # else all of the file comes
-                length = answer.headers["Content-Length"]
-                require(length, "the server doesn't say how long the file is")
-                total = have + int(length)
+                require(answer.length, "the server doesn't say how long the file is")
+                total = have + answer.length
                 with open(part, "r+b" if have else "wb") as file:
                     file.seek(file.truncate(have))
                     while chunk := answer.read1(1 << 20):
-                        page = file.tell() == 0 and chunk.lstrip().startswith(b"<")
-                        require(not page, "a web page came, not the file")
+                        require(file.tell() or chunk.lstrip()[:1] != b"<", "a web page came")
                         file.write(chunk)
                         progress(f"{path} {file.tell() / 1e6:.1f} of {total / 1e6:.1f} MB", False)
             require(part.stat().st_size == total, "the connection broke")
@@ -839,7 +793,7 @@ def convert_gpt2(folder):
         weight = f"model/h{n}/{theirs}/{'g' if theirs.startswith('ln') else 'w'}"
         names[weight] = [f"blocks.{n}.{name}.weight" for name in ours]
         names[f"model/h{n}/{theirs}/b"] = [f"blocks.{n}.{name}.bias" for name in ours]
-    weights = model.state_dict()
+    weights = model.state_dict()  # to be replaced one by one
     reader = tensorflow.train.load_checkpoint(str(folder / "model.ckpt"))
     shapes = reader.get_variable_to_shape_map()
     for name in sorted(shapes.keys() ^ names.keys()):
@@ -848,7 +802,7 @@ def convert_gpt2(folder):
         rows, *columns = torch.cat([weights[name] for name in ours]).shape
         shape = [1, *columns, rows] if theirs.endswith("/w") else [rows, *columns]
         require(shapes[theirs] == shape, f"{theirs} is {shapes[theirs]}, not {shape}")
-        tensor = torch.from_numpy(reader.get_tensor(theirs))
+        tensor = torch.from_numpy(reader.get_tensor(theirs))  # one at a time in memory
         tensor = tensor[0].T if theirs.endswith("/w") else tensor
         weights |= zip(ours, map(torch.Tensor.contiguous, tensor.chunk(len(ours))), strict=True)
     model.load_state_dict(weights, assign=True)
@@ -878,7 +832,7 @@ def sample(**given):
     if options.gpt2:
         download_gpt2(options.gpt2, folder, options.gpt2_url)
     model, tokenizer = load_gpt2(folder) if options.gpt2 else load_checkpoint(checkpoint)[:2]
-    model.to(device, dtype)
+    model.to(device, dtype)  # a copy, where they differ from the file's
     if options.compile:
         model.compile(dynamic=True)
     text = sys.stdin.read() if options.prompt == "-" else options.prompt
@@ -889,7 +843,8 @@ def sample(**given):
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # holds back half a character
     streaming = options.samples == 1
     print(text * streaming, end="", flush=True)
-    for tokens in generate(model, encode(tokenizer, text, device), options.tokens, *dials):
+    prompt = tokenizer.encode(text, allowed_special="all") or [tokenizer.eot_token]
+    for tokens in generate(model, torch.tensor([prompt], device=device), options.tokens, *dials):
         for row, token in enumerate(tokens.tolist()):
             if token != eos:  # an ended row goes on with eos
                 piece, total = tokenizer.decode_single_token_bytes(token), total + 1
@@ -919,9 +874,9 @@ def main(argv=None):
         for name, default, values, kind, text in Options.table(run.__name__):
             keywords = {"choices": values.split("|")} if "|" in values else {"type": kind}
             keywords = {"action": "store_true"} if values == "switch" else keywords
-            keywords["help"] = text + (f" [{default}]" if default else "")
+            text += f" [{default}]" if default else ""
             name = "--" + name.replace("_", "-")
-            command.add_argument(name, default=argparse.SUPPRESS, **keywords)
+            command.add_argument(name, default=argparse.SUPPRESS, help=text, **keywords)
     given = vars(parser.parse_args(argv))
     try:
         {"train": train, "sample": sample}[given.pop("command")](**given)
