@@ -78,7 +78,7 @@ class Options(argparse.Namespace):
     t    n_embd         -      1..         channels [the size's]
     t    dropout        0      0.0..0.99   share of activations zeroed while training
     t    from_scratch   -      switch      run the hand-written arithmetic, not PyTorch's kernels
-    tr   steps          220    1..         optimizer steps, in all
+    tr   steps          280    1..         optimizer steps, in all
     tr   batch_size     8      1..         windows that each process reads at once
     tr   accumulate     1      1..         such batches to one optimizer step
     t    stride         -      1..         tokens from window to window [half the context]
@@ -193,7 +193,7 @@ class CausalSelfAttention(nn.Module):
         mask, dropout = None, self.dropout if self.training else 0.0
         if T > 1 and (start > 0 or not self.fused):  # query i, token start + i, sees keys up to it
             mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)  # (T, S)
-        if self.fused:  # makes the mask itself in the plain case, start 0
+        if self.fused and (T > 1 or x.is_cuda):  # on a processor it is slow with a single query
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, T > 1 and mask is None)
         else:
             scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, H, T, S)
