@@ -62,8 +62,8 @@ GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 
 
 class Options(argparse.Namespace):
-    """The options of a command (t train, s sample; r may change when a run resumes): those given,
-    or the default (- is None), of values a|b, 1.. (whole) or 0.0..1; what it does [None means].
+    """The options of train (t), of sample (s), and those a resumed run may change (r): name,
+    default (- is None), values (a|b, 1.. whole, 0.0..1 any) and what it does [what None means].
     t    data           -      text        UTF-8, or .bin: GPT-2's tokens, uint16 [the-verdict.txt]
     t    val_fraction   0.1    0.0..0.99   the end of the data, kept for validation
     t    tokenizer      -      text        gpt2, or N: learn N tokens from data [gpt2, else 1024]
@@ -170,9 +170,8 @@ class CausalSelfAttention(nn.Module):
     tokens to -∞ before the softmax, so that the weights of those that may be seen sum to 1:
                         key:   I   HAD  always     (B, T, C) -> (B, T, C)
         query  I              1.0   0     0        Row t knows tokens up to t only: one pass over a
-               HAD            0.7  0.3    0        text predicts at all T places, none of which
-               could always         0.3  0.1   0.6       look at its answer. Source: Vaswani et al.
-               2017, 3.2"""
+               HAD            0.7  0.3    0        text predicts at all T places, and none of them
+               always         0.3  0.1   0.6       looks at its answer. Vaswani et al. 2017, 3.2"""
 
     def __init__(self, config):
         super().__init__()
@@ -272,7 +271,7 @@ class GPT(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
                 depth = 2 * self.config.n_layer if name.endswith("projection.weight") else 1
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(depth))  # variances add up
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(depth))  # 2 n_layer terms in a sum
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
@@ -293,8 +292,8 @@ class GPT(nn.Module):
 
 
 def cross_entropy(logits, targets):
-    """Mean of -log softmax(logits)[target] in nats: logits (..., V), targets (...) int64. A new GPT
-    gives each token about 1/V: the loss starts near ln V, 10.8 with GPT-2's vocabulary."""
+    """Mean of -log softmax(logits)[target] in nats: logits (..., V), targets (...) int64. Small new
+    weights give each token about 1/V: the loss starts near ln V, 10.8 with GPT-2's vocabulary."""
     logits = logits if logits.dtype == torch.float64 else logits.float()  # sums need 32 bits
     chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)  # (B, T, V) -> (B, T)
     return (logits.logsumexp(-1) - chosen).mean()  # log(sum of exp), the largest taken out first
@@ -399,10 +398,10 @@ class SlidingWindows(Dataset):
 # at about the learning rate. That rises linearly at first, while these means stem from too few
 # gradients to be trusted, then falls along half a cosine: large steps to get near, small to settle.
 # Everything random is a function of (seed, step) or (seed, epoch), so that none of it needs saving.
-# Time: a token takes 6N + 12 * n_layer * C * T operations, forward and backward: 0.77 GFLOP in 124M
-# with T = 256, so 365 tokens/s are 281 GFLOP/s, 70% of what two cores reach. Memory: a parameter,
-# its gradient and AdamW's two means take 16 bytes, 2 GB for 124M. bfloat16 shortens products only;
-# accumulation and processes cut a batch in pieces of the same sum.
+# Time: N parameters take 6N + 12 * n_layer * C * T operations a token, forward and backward: 0.77
+# GFLOP in 124M with T = 256, so 365 tokens/s are 281 GFLOP/s, 70% of two cores' best. Memory: 16
+# bytes a parameter (it, its gradient, AdamW's two means), 2 GB in 124M; then the activations.
+# bfloat16 rounds the products, not the weights; accumulation and processes only split the batch.
 def save_checkpoint(path, model, tokenizer, training_state=None):
     """Write all that is needed to go on; a kill leaves the previous file or this one."""
     content = {"format": 1, "config": asdict(model.config), "weights": model.state_dict()}
@@ -493,9 +492,7 @@ def summarise(out):
             heights = 7.99 * (points - min(points)) / (np.ptp(points) or 1)
             line = "".join("▁▂▃▄▅▆▇█"[int(height)] for height in heights)
             progress(f"{name:>10} {losses[0]:6.3f} {line} {losses[-1]:.3f}, best {min(losses):.3f}")
-    progress(
-        f"{out}/best.pt has the weights of the lowest validation loss, and for the last ones try:"
-    )
+    progress(f"Where validation rises, it learns by heart: {out}/best.pt is from before. Try:")
     progress(f"python gpt.py sample --checkpoint {out}/checkpoint.pt --temperature 0")
 
 
@@ -620,7 +617,7 @@ def train(**given):
                 loss += part.detach()
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), options.clip)
-            shared = torch.stack((loss / world, norm, loss.new_tensor(len(signals))))
+            shared = torch.stack((loss / world, norm / world, loss.new_tensor(len(signals))))
             if world > 1:  # all processes have to agree on the loss, and whether to stop
                 torch.distributed.all_reduce(shared)
             loss, norm, stop = shared.tolist()
@@ -671,7 +668,7 @@ def train(**given):
 # 6 Decoding
 # Three dials shape what is drawn. Temperature divides the logits: below 1 the probable becomes more
 # so, 0 takes the best. Top-k leaves the k most probable tokens (Fan et al. 2018), top-p the fewest
-# that reach p in sum (Holtzman et al. 2020): how many, temperature decides, so it comes first.
+# that reach p in sum (Holtzman et al. 2020): temperature moves those sums, so it comes first.
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draw the next token of each row: logits (B, V) -> int64 (B,). Ties at place k all stay."""
     if temperature == 0:
@@ -689,7 +686,7 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
 
 
 # A full window can't drop a token: every position, so every key and value, would change. The newest
-# half is read afresh: [ a b c d e f g h ] + i -> [ f g h i . . . . ]. So any text costs the same.
+# half is read afresh, [ a b c d e f g h ] + i -> [ f g h i . . . . ], once in context / 2 tokens.
 def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos=None,
              seed=None, use_cache=True, samples=1):  # fmt: skip
     """Yield the next token of each row, int64 (B * samples,), `samples` for each of prompt (B, T).
@@ -733,7 +730,7 @@ GPT2_FILES = ["hparams.json", "encoder.json", "vocab.bpe", "model.ckpt.index"]
 GPT2_FILES += ["model.ckpt.data-00000-of-00001"]
 GPT2_LAYERS = {  # a layer in OpenAI's block h0, h1, ...: those in ours; variables w or g (gain), b
     "ln_1": ["norm_1"],  # g (C,), b (C,)
-    "attn/c_attn": ["attention.query", "attention.key", "attention.value"],  # [ Wq | Wk | Wv ]
+    "attn/c_attn": ["attention.query", "attention.key", "attention.value"],  # (1, C, 3C), q | k | v
     "attn/c_proj": ["attention.projection"],  # w (1, C, C), b (C,)
     "ln_2": ["norm_2"],  # g (C,), b (C,)
     "mlp/c_fc": ["feed_forward.expand"],  # w (1, C, 4C), b (4C,)
@@ -814,10 +811,11 @@ def load_gpt2(folder, **changes):
     converted = Path(folder) / "model.pt"
     if not converted.exists():
         try:
-            model, tokenizer = convert_gpt2(Path(folder))
+            parts = convert_gpt2(Path(folder))
         except Exception as error:  # TensorFlow's, json's
             raise ValueError(f"{folder}: {error!r}; delete the folder and run again") from error
-        save_checkpoint(converted, model, tokenizer)
+        save_checkpoint(converted, *parts)
+        del parts  # before the same weights are mapped
     return load_checkpoint(converted, **changes)[:2]
 
 
@@ -827,11 +825,11 @@ def sample(**given):
     """Print continuations of a prompt as the options say, at their defaults unless given."""
     options = Options("sample", **given)
     require(not (options.gpt2 and "checkpoint" in given), "leave out --gpt2 or --checkpoint")
-    device, dtype = prepare(options.device, options.dtype)
     folder, checkpoint = Path(options.gpt2_folder, options.gpt2 or ""), options.checkpoint
     if options.gpt2:
         download_gpt2(options.gpt2, folder, options.gpt2_url)
     model, tokenizer = load_gpt2(folder) if options.gpt2 else load_checkpoint(checkpoint)[:2]
+    device, dtype = prepare(options.device, options.dtype)
     model.to(device, dtype)  # a copy, where they differ from the file's
     if options.compile:
         model.compile(dynamic=True)
