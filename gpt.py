@@ -583,7 +583,7 @@ def train(**given):
     if options.resume:
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"] or scaler.state_dict())
-    parallel = torch.compile(model) if options.compile else model  # shares the parameters
+    parallel = torch.compile(model) if options.compile else model  # both arithmetics run alike then
     parallel = nn.parallel.DistributedDataParallel(parallel) if world > 1 else parallel
     if rank == 0:
         if not options.resume and any(
