@@ -478,7 +478,8 @@ def progress(text, keep=True):
     """Show a line on standard error; one that isn't kept is overwritten, or left out of a file."""
     if sys.stderr.isatty():
         width = os.get_terminal_size(2).columns - 1
-        print(text[:width].ljust(width), end="\n" if keep else "\r", file=sys.stderr, flush=True)
+        text = text if keep else text[:width]  # what is to be overwritten must fit one line
+        print(text.ljust(width), end="\n" if keep else "\r", file=sys.stderr, flush=True)
     elif keep:
         print(text, file=sys.stderr, flush=True)
 

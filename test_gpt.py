@@ -537,6 +537,16 @@ def test_a_run_that_died_goes_on_to_the_bit(lesson, tmp_path, capsys, monkeypatc
     assert_same_run(tmp_path / "whole", tmp_path / "out")
 
 
+def test_dropout_draws_anew_in_every_step(tmp_path, capsys):
+    """One window again and again, and a learning rate of 0: only dropout makes the losses differ."""
+    (tmp_path / "window.txt").write_text("What is drawn is a function of seed and step.")
+    command = ["train", "--data", tmp_path / "window.txt", "--tokenizer", 257, "--context", 44]
+    command += ["--n-layer=1", "--n-head=1", "--n-embd=8", "--val-fraction=0", "--batch-size=1"]
+    command += ["--learning-rate=0", "--dropout=0.5", "--steps=4", "--out", tmp_path / "out"]
+    run(capsys, *command)
+    assert len(set(losses(tmp_path / "out"))) == 4
+
+
 def test_a_process_that_was_killed_or_interrupted_goes_on_to_the_bit(lesson, tmp_path, capsys):
     """SIGKILL, SIGTERM and SIGINT through the command line; the last two save, then 143 and 130."""
     command, out = [*lesson, *RUN, "--steps", 140], tmp_path / "out"
