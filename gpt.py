@@ -406,9 +406,7 @@ def save_checkpoint(path, model, tokenizer, training_state=None):
     """Write all that is needed to go on; a kill leaves the previous file or this one."""
     content = {"format": 1, "config": asdict(model.config), "weights": model.state_dict()}
     ranks = tokenizer._mergeable_ranks
-    tokens = " ".join(
-        token.hex() for token in sorted(ranks, key=ranks.get)
-    )  # as text it loads fast
+    tokens = " ".join(token.hex() for token in sorted(ranks, key=ranks.get))  # loads fast as text
     content["tokenizer"] = (tokenizer.name, tokens, tokenizer.eot_token)
     try:
         with open(f"{path}.tmp", "wb") as file:
@@ -587,9 +585,8 @@ def train(**given):
     parallel = torch.compile(model) if options.compile else model  # both arithmetics run alike then
     parallel = nn.parallel.DistributedDataParallel(parallel) if world > 1 else parallel
     if rank == 0:
-        if not options.resume and any(
-            (out / name).exists() for name in ("checkpoint.pt", "best.pt")
-        ):
+        earlier = [name for name in ("checkpoint.pt", "best.pt") if (out / name).exists()]
+        if earlier and not options.resume:
             free = (p for n in itertools.count(1) if not (p := Path(f"{out}.{n}")).exists())
             progress(f"{out} held an earlier run, which is now in {out.rename(next(free))}")
         out.mkdir(parents=True, exist_ok=True)
@@ -750,9 +747,8 @@ def download_gpt2(size, folder, url=None):
         if path.exists() or path.with_name("model.pt").exists():
             continue
         try:
-            have = (
-                max(0, part.stat().st_size - 1) if part.exists() else 0
-            )  # asks for 1 byte at least
+            # The last byte is asked for again: a range that begins at the end would be refused.
+            have = max(0, part.stat().st_size - 1) if part.exists() else 0
             safe = re.match(r"https://|http://(127\.0\.0\.1|localhost|\[::1\])[:/]", address)
             require(safe and "@" not in address, "only https is safe, or http from this machine")
             request = urllib.request.Request(address, headers={"Range": f"bytes={have}-"})
@@ -769,6 +765,8 @@ def download_gpt2(size, folder, url=None):
             require(part.stat().st_size == total, "the connection broke")
             os.replace(part, path)
         except Exception as error:  # of urllib, http.client, the disk
+            if getattr(error, "code", None) == 416:  # more is here than there: begin anew
+                part.unlink()
             raise OSError(f"{address}: {error}; run it again to go on from there") from error
         progress(f"{path} {total / 1e6:.1f} MB")
 
