@@ -1206,6 +1206,8 @@ class Mirror(http.server.BaseHTTPRequestHandler):
             content = b"\r\n<!DOCTYPE html><html><title>Log in</title></html>"
         elif self.headers["Range"] and fault != "no ranges":
             begin = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1])
+        if begin >= len(content):
+            return self.send_error(416)
         self.send_response(302 if fault == "redirect" else 206 if begin else 200)
         if fault == "redirect":
             self.send_header("Location", "http://192.0.2.1/elsewhere")
@@ -1279,6 +1281,15 @@ def test_a_download_that_went_wrong_goes_on_when_run_again(
     if faults[-1] in ("cut", "silence", 503):
         half = (gpt2_folder / name).stat().st_size // 2
         assert int(asked[-1][6:-1]) >= half - 1, "what came isn't asked for again"
+
+
+def test_a_part_longer_than_its_file_is_begun_anew(mirror, gpt2_folder, tmp_path, capsys):
+    """It belongs to another file: the line says to run again, and that fetches all of this one."""
+    (tmp_path / "124M").mkdir()
+    (tmp_path / "124M" / f"{FILES[0]}.part").write_bytes(b"x" * 10_000)
+    assert "again" in refusal(capsys, *mirror.command)
+    run(capsys, *mirror.command)
+    assert (tmp_path / "124M" / FILES[0]).read_bytes() == (gpt2_folder / FILES[0]).read_bytes()
 
 
 OUTSIDE = ["http://192.0.2.1", "http://127.0.0.1@192.0.2.1", "http://127.0.0.1.example.com"]
