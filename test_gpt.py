@@ -242,6 +242,23 @@ def test_the_hand_written_arithmetic_is_what_the_fused_kernels_compute(config, d
 
 
 @both_arithmetics
+def test_the_gradient_is_the_slope_of_the_loss(fused):
+    """Along a random direction, in float64: against the difference of two losses nearby."""
+    model, tokens = random_model(fused=fused).double(), random_tokens(3, 13)
+    parameters, slope = list(model.parameters()), 0.0
+    loss = lambda: gpt.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:])
+    gradients = torch.autograd.grad(loss(), parameters)
+    direction = [torch.randn_like(parameter) for parameter in parameters]
+    with torch.no_grad():
+        for sign in (1, -2):  # from the middle up to +h, from there down to -h
+            for parameter, way in zip(parameters, direction, strict=True):
+                parameter.add_(way, alpha=sign * 1e-5)
+            slope += (1 if sign > 0 else -1) * loss().item() / 2e-5
+    expected = sum((g * way).sum() for g, way in zip(gradients, direction, strict=True)).item()
+    assert abs(expected) > 0.1 and slope == pytest.approx(expected, rel=1e-6)
+
+
+@both_arithmetics
 @pytest.mark.parametrize("cached", [0, 5], ids=["no cache", "5 tokens in the cache"])
 def test_a_position_sees_nothing_of_what_comes_after_it(cached, fused):
     """Another token at t leaves the logits before t bit-identical, and changes those from t on."""
@@ -350,7 +367,7 @@ def test_the_loss_of_huge_logits_is_finite_and_right(size, dtype):
 # 4 Dataset
 
 
-def test_the_story_is_the_edition_that_everybody_counts_by():
+def test_the_story_is_the_edition_that_the_figures_are_of():
     """The Verdict is 20,479 bytes of ASCII in 83 paragraphs, with no newline at the end."""
     story = (HERE / "the-verdict.txt").read_bytes()
     assert story.startswith(b"I HAD always thought Jack Gisburn")
@@ -375,6 +392,7 @@ def test_byte_pair_learning_merges_the_most_frequent_pair_first():
     assert list(ranks) == [bytes([byte]) for byte in range(256)] + [b"ug", b" p", b"un"]
     assert list(ranks.values()) == list(range(259))
     assert set(gpt.train_bpe("hi", 300)) == {*list(ranks)[:256], b"hi"}, "no pair is left"
+    assert b"\n\n" not in gpt.train_bpe("one\n\ntwo " * 9, 270), "GPT-2's words break there"
 
 
 def test_a_learned_vocabulary_works_in_tiktoken_and_loses_nothing():
@@ -452,7 +470,9 @@ def test_training_logs_every_step_saves_and_goes_on(lesson, tmp_path, capsys):
     assert gpt.load_checkpoint(out / "checkpoint.pt")[2]["step"] == 6
     assert gpt.load_checkpoint(out / "best.pt")[2] is None
 
+    out = out.rename(tmp_path / "moved")
     run(capsys, "train", "--resume", "--out", out, "--steps", 40)
+    assert names(tmp_path) == {"lesson.txt", "moved"}
     longer = list(csv.DictReader((out / "log.csv").open()))
     assert [int(row["step"]) for row in longer] == list(range(1, 41))
     assert longer[:6] == rows
@@ -492,6 +512,35 @@ def test_fine_tuning_starts_from_openais_weights(lesson, gpt2_folder, tmp_path, 
     assert (tuned.config, tokenizer.n_vocab) == (start.config, VOCAB)
     tokens = random_tokens(1, 16)
     assert_close(tuned.eval()(tokens), start.eval()(tokens), 1e-5)
+
+
+def test_best_pt_has_the_lowest_validation_loss(lesson, tmp_path, capsys):
+    """Which is the mean over the end of the text, as computed here from both checkpoints."""
+    text = 2 * LESSON + 2 * "SPHINX OF BLACK QUARTZ, JUDGE MY VOW! "
+    (tmp_path / "lesson.txt").write_text(text)
+    options = "--tokenizer 280 --steps 60 --eval-every 1 --val-fraction 0.1 --learning-rate 0.03"
+    run(capsys, *lesson, *options.split())
+    measured = [float(row[2]) for row in logged(tmp_path / "out")]
+    assert len(measured) == 60 and min(measured) < measured[-1] - 0.1, "it has risen since"
+    for name, expected in (("best.pt", min(measured)), ("checkpoint.pt", measured[-1])):
+        model, tokenizer, _ = gpt.load_checkpoint(tmp_path / "out" / name)
+        tokens = torch.tensor(tokenizer.encode(text))
+        tokens = tokens[len(tokens) - int(0.1 * len(tokens)) :]
+        pieces = [tokens[i : i + 17] for i in range(0, len(tokens) - 16, 16)]
+        logits = model(torch.stack([piece[:-1] for piece in pieces])).log_softmax(-1)
+        targets = torch.stack([piece[1:] for piece in pieces])
+        assert -logits.gather(-1, targets[..., None]).mean().item() == pytest.approx(expected, 1e-4)
+
+
+def test_a_run_ends_with_the_course_of_its_losses(lesson, tmp_path, capsys):
+    """A sparkline that falls, from the first loss to the last, and the command to try next."""
+    lines = run(capsys, *lesson, "--tokenizer", 280, "--steps", 60).err.splitlines()
+    first, bars, last = re.search(
+        r"training +([\d.]+) ([▁▂▃▄▅▆▇█]+) ([\d.]+)", "\n".join(lines)
+    ).groups()
+    assert bars[0] == "█" and bars[-1] == "▁" and len(bars) == 40
+    assert [float(first), float(last)] == pytest.approx(losses(tmp_path / "out")[[0, -1]], abs=1e-3)
+    assert f"gpt.py sample --checkpoint {tmp_path}/out/checkpoint.pt" in lines[-1]
 
 
 RUN = ["--tokenizer=280", "--dropout=0.2", "--eval-every=3", "--save-every=7", "--val-fraction=0.2"]
@@ -535,6 +584,16 @@ def test_a_run_that_died_goes_on_to_the_bit(lesson, tmp_path, capsys, monkeypatc
         command = ["train", "--resume", "--out", tmp_path / "out"]
     run(capsys, *command)
     assert_same_run(tmp_path / "whole", tmp_path / "out")
+
+
+def test_an_epoch_shows_every_window_once_in_an_order_of_its_own():
+    """A function of the seed and the place alone: it can be entered anywhere, and never repeats."""
+    take = lambda count, *given: list(itertools.islice(gpt.shuffled(10, *given, block=4), count))
+    order = take(40, 1, 0)
+    epochs = [tuple(order[begin : begin + 10]) for begin in range(0, 40, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and len(set(epochs)) == 4
+    assert all(take(7, 1, first) == order[first : first + 7] for first in range(33))
+    assert take(40, 2, 0) != order
 
 
 def test_dropout_draws_anew_in_every_step(tmp_path, capsys):
@@ -692,6 +751,18 @@ def test_a_bin_file_trains_as_the_text_that_it_was_made_from(packed, lesson, tmp
     run(capsys, *packed[0], "--steps", 4)
     run(capsys, *packed[0], "--steps", 4, *lesson[1:3], "--out", tmp_path / "text")
     assert logged(tmp_path / "out") == logged(tmp_path / "text")
+
+
+def test_the_end_of_the_data_is_kept_from_training(packed, tmp_path, capsys):
+    """Other tokens in the last fifth change the validation loss, and no training loss."""
+    command, tokens = packed
+    for out in ("out", "other"):
+        run(capsys, *command, "--steps", 9, "--val-fraction", 0.2, "--out", tmp_path / out)
+        tokens[-(len(tokens) // 5) :] = tokens[0]
+        tokens.tofile(tmp_path / "tokens.bin")
+    one, other = (logged(tmp_path / out) for out in ("out", "other"))
+    assert [row[:2] for row in one] == [row[:2] for row in other]
+    assert one[-1][2] != other[-1][2]
 
 
 def test_a_token_outside_the_vocabulary_stops_the_run_when_it_is_drawn(packed, tmp_path, capsys):
@@ -917,7 +988,9 @@ def test_tokens_are_drawn_with_the_probabilities_that_the_knobs_define(knobs):
 
 def test_temperature_0_takes_the_most_probable_token():
     """The limit of ever lower temperatures: greedy decoding."""
-    assert gpt.sample_token(torch.stack([LOGITS, -LOGITS]), temperature=0).tolist() == [0, 5]
+    for temperature in (0, 1e-300, 1e-3):
+        drawn = gpt.sample_token(torch.stack([LOGITS, -LOGITS]), temperature)
+        assert drawn.tolist() == [0, 5]
 
 
 @torch.no_grad()
@@ -936,7 +1009,7 @@ def recomputed(model, prompt, count):
 @both_arithmetics
 @pytest.mark.parametrize("prompt_length", [1, 5, 12, 31])
 @pytest.mark.parametrize("context_length", [12, 7, 2, 1])
-def test_the_text_is_that_of_recomputing_everything(context_length, prompt_length, fused):
+def test_cached_decoding_is_that_of_recomputing_everything(context_length, prompt_length, fused):
     """Cached, uncached and batched decoding agree with it, across the edge of the window too."""
     model = random_model(context_length=context_length, fused=fused)
     prompt, count = random_tokens(3, prompt_length), 3 * context_length + 5
@@ -1160,7 +1233,7 @@ def test_a_second_start_needs_neither_tensorflow_nor_the_compiler(gpt2_folder):
     assert process.stderr.decode().splitlines()[-1] == "set()"
 
 
-def test_gpt2_goes_on_as_gpt2_does():
+def test_the_real_gpt2_gives_its_known_continuation():
     """The published weights, decoded greedily, finish this sentence in one way only."""
     folder = HERE / "gpt2" / "124M"
     if not (folder / FILES[-1]).exists() and not (folder / "model.pt").exists():
@@ -1302,6 +1375,13 @@ def test_only_https_or_this_very_machine_is_asked(url, mirror, capsys, connectio
     assert url in line and "https" in line and connections == []
 
 
+def test_several_processes_do_not_download_at_once(mirror, tmp_path, capsys, monkeypatch):
+    """Under torchrun the weights have to be there; the line says how to get them."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    line = refusal(capsys, "train", *mirror.command[1:5], "--gpt2-url", mirror.url)
+    assert "sample --gpt2" in line and mirror.asked == []
+
+
 def test_no_network_is_one_line(mirror, capsys):
     """Nobody listens at the proxy, nor at this port: the line has the address, and the advice."""
     for url in ("https://192.0.2.1/models", "http://127.0.0.1:9/models"):
@@ -1312,7 +1392,7 @@ def test_no_network_is_one_line(mirror, capsys):
 # ==================================================================================================
 # 8 Command line
 
-BOTH = "--help --gpt2 --gpt2-folder --gpt2-url --prompt --seed --device "
+BOTH = "--help --gpt2 --gpt2-folder --gpt2-url --prompt --seed --device --dtype --compile "
 OPTIONS = {
     "train": BOTH
     + "--data --val-fraction --tokenizer --size --context --n-layer --n-head --n-embd "
@@ -1336,7 +1416,11 @@ def test_help_lists_every_option(command, capsys):
     """train --help and sample --help are complete, and no mistake."""
     with pytest.raises(SystemExit, match="0"):
         gpt.main([command, "--help"])
-    assert set(OPTIONS[command].split()) <= set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    text = capsys.readouterr().out
+    assert set(OPTIONS[command].split()) <= set(re.findall(r"--[\w-]+", text))
+    defaults = {"train": "--dropout 0.0 --steps 280", "sample": "--tokens 100 --temperature 0.8"}
+    for option, default in zip(*[iter(defaults[command].split())] * 2, strict=True):
+        assert re.search(rf"^ *{option} [^-]*\[{re.escape(default)}\]", text, re.MULTILINE)
 
 
 def test_the_text_goes_to_standard_output_and_the_figures_to_standard_error(recital, capsys):
@@ -1351,6 +1435,7 @@ def test_several_samples_are_printed_each_under_a_header(recital, capsys):
     """--samples 3 prints three texts, which differ when chance decides, as the seed has it."""
     printed = run(capsys, *recital, "--samples", 3, "--tokens", 13).out
     assert printed.count("naïve ☕☕") == 3 and len(printed.strip().splitlines()) >= 6
+    assert run(capsys, *recital, "--samples", 2, "--tokens", 8).out.startswith("--- sample 1 ---")
     wild = [*recital, "--samples", 2, "--tokens", 40, "--temperature", 50, "--top-k", 200]
     one, same, other = (run(capsys, *wild, "--seed", seed).out for seed in (1, 1, 2))
     assert one == same == run(capsys, *wild, "--seed", 1, "--no-cache").out != other
@@ -1363,7 +1448,7 @@ def test_a_dash_reads_the_prompt_from_standard_input(recital, capsys, monkeypatc
     assert "aïve " in printed and "naïve" not in printed
 
 
-def test_a_sample_ends_with_the_text(recital, gpt2_folder, tmp_path, capsys):
+def test_a_sample_stops_at_the_end_of_text_token(recital, gpt2_folder, tmp_path, capsys):
     """<|endoftext|> stops a sample and isn't printed; with --ignore-eos the sample goes on."""
     tokenizer = gpt.load_gpt2(gpt2_folder)[1]
     tokens = tokenizer.encode("one<|endoftext|>two", allowed_special="all")
@@ -1413,7 +1498,7 @@ def test_a_number_that_is_not_finite_stops_the_run(what, lesson, tmp_path, capsy
     assert path.read_bytes() == before
 
 
-def test_a_model_without_numbers_says_nothing(recital, tmp_path, capsys):
+def test_a_model_with_nan_weights_is_refused(recital, tmp_path, capsys):
     """NaN among the weights: sample ends with one line, greedy or not, with the cache or not."""
     model, tokenizer, _ = gpt.load_checkpoint(recital[2])
     with torch.no_grad():
@@ -1473,7 +1558,7 @@ MISTAKES = {  # the command: what its line has to name, a regular expression
     f"{NEW} new --tokenizer 256": r"\b256\b",
     f"{NEW} new --tokenizer ''": "tokenizer",
     f"{NEW} new --n-embd 32 --n-head 3": r"(?=.*\b32\b).*\b3\b",
-    f"{NEW} new --n-embd 100000000000": "memory",
+    f"{NEW} new --n-embd 1000000": "memory",
     f"{NEW} new --data missing.txt": "missing.txt",
     f"{NEW} new --data missing.bin --tokenizer gpt2": "missing.bin",
     f"{NEW} new --data weights": "weights",
@@ -1550,7 +1635,7 @@ def test_any_prompt_works(prompt, desk, lesson, capsys):
     run(capsys, *lesson, "--tokenizer", 280, "--steps", 1, "--prompt", prompt)
 
 
-def test_processes_end_quietly(recital):
+def test_a_closed_pipe_is_no_error(recital):
     """Into `head`, streaming or not: no line but the figures. A mistake: its line, and status 2."""
     endless = start(HERE / "gpt.py", *recital, "--tokens", 10**6)
     several = start(HERE / "gpt.py", *recital, "--tokens", 9, "--samples", 2)
