@@ -11,9 +11,8 @@ files of github.com/openai/gpt-2. Letters of shapes: B batch, sequences side by 
 sequence in one call; S = T + the tokens in a cache; C channels, the n_embd numbers that stand for a
 token, its row; H heads, of D = C / H channels each; V vocabulary, how many tokens there are."""
 
-import argparse, codecs, contextlib, ctypes, functools, gc, itertools, json  # noqa: I001
-import math, os, re, signal, sys, time, urllib.request, zipfile
-from collections import Counter
+import argparse, codecs, collections, contextlib, ctypes, functools, gc, itertools  # noqa: I001
+import json, math, os, re, signal, sys, time, urllib.request, zipfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -27,8 +26,8 @@ from torch.utils.data import DataLoader, Dataset
 
 # ==================================================================================================
 # 1 Config
-# Seven fields fix the architecture; all of them but n_head and dropout, the parameters' shapes. Not
-# so `fused`: LayerNorm, GELU and attention stand here twice, spelt out and as one fast kernel.
+# Seven fields fix the architecture, and all but n_head and dropout the parameters' shapes. `fused`
+# does neither: LayerNorm, GELU and attention stand here twice, spelt out and as one fast kernel.
 def require(ok, message):
     """Raise ValueError unless ok: for what a user can mend."""
     if not ok:
@@ -106,7 +105,7 @@ class Options(argparse.Namespace):
     s    no_cache       -      switch      read the whole text again for each token (to compare)
     ts   seed           1      0..1e18     another number, other weights, order and draws
     tsr  device         auto   auto|cpu|cuda|mps  where to compute
-    tsr  dtype          auto   auto|float32|bfloat16|float16  of products [16 bits with cuda]
+    tsr  dtype          auto   auto|float32|bfloat16|float16  to compute in [16 bits with cuda]
     tsr  compile        -      switch      let torch.compile fuse the arithmetic; starts slowly
     tr   out            out    text        folder for checkpoint.pt, best.pt and log.csv
     tr   resume         -      switch      go on from the checkpoint in that folder"""
@@ -154,8 +153,8 @@ class LayerNorm(nn.Module):
 
 
 class GELU(nn.Module):
-    """x times the probability that a standard normal number is below x: a soft ReLU. The tanh form
-    was faster than the exact one, and the weights grew with it. Hendrycks and Gimpel 2016, 2."""
+    """x times the probability that a standard normal number is below x: a soft max(0, x). The tanh
+    form was faster than the exact one; GPT-2 was trained with it. Hendrycks and Gimpel 2016, 2."""
 
     def __init__(self, config):
         super().__init__()
@@ -198,12 +197,15 @@ class CausalSelfAttention(nn.Module):
         mask, dropout = None, self.dropout if self.training else 0.0
         if T > 1 and (start > 0 or not self.fused):  # query i, token start + i, sees keys up to it
             mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)  # (T, S)
-        if self.fused and (T > 1 or x.is_cuda):  # on a CPU it is slow with a single query
+        if self.fused and (T > 1 or x.is_cuda):
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, T > 1 and mask is None)
+        elif T == 1:  # a CPU takes sums of products faster than products with a matrix of one row
+            weights = torch.softmax((q * k).sum(-1, keepdim=True) / math.sqrt(q.shape[-1]), dim=-2)
+            y = (F.dropout(weights, dropout) * v).sum(-2, keepdim=True)  # (B, H, S, D) -> 1 for S
         else:
             scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, H, T, S)
-            scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)  # exp(-∞) = 0
-            weights = F.dropout(torch.softmax(scores, dim=-1), dropout)  # softmax: rows sum to 1
+            scores = scores.masked_fill(~mask, -math.inf)  # exp(-∞) = 0
+            weights = F.dropout(torch.softmax(scores, dim=-1), dropout)  # exp(score) / row's sum
             y = weights @ v  # (B, H, T, S) @ (B, H, S, D) -> (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return F.dropout(self.projection(y), dropout)
@@ -242,8 +244,8 @@ class TransformerBlock(nn.Module):
 #     x = block(x), n_layer times
 #     logits = final_norm(x) token_embeddingᵀ
 # Attention by itself is blind to order, so each place in the window has a learned vector as well.
-# The head, which turns a row into V scores, is the token embedding once more ("tied"): what is near
-# a token's vector predicts that token. This saves V * C parameters, 38.6 of 163 million in 124M.
+# The output head turns a row into V scores (logits); it is the token embedding again ("tied"): what
+# is near a token's vector predicts it. This saves V * C parameters, 38.6 of 163 million in 124M.
 # Thanks to the mask, keys and values never depend on later tokens. When a text grows they stay what
 # they were: computed once, they are kept, and only new tokens' rows go through the blocks.
 #     held: [ I | HAD |        |     ], length 2; "always" is read: [ I | HAD | always |     ], 3
@@ -271,9 +273,9 @@ class GPT(nn.Module):
         self.final_norm = LayerNorm(config)
         if self.token_embedding.weight.is_meta:  # shapes without memory, for weights from a file
             return
-        for name, parameter in self.named_parameters():  # GPT-2, section 2.3
+        for name, parameter in self.named_parameters():  # GPT-2, section 2.3; src/model.py
             if parameter.dim() > 1:
-                # 2 n_layer terms add up in the stream, with their variances: sqrt keeps its size.
+                # 2 n_layer terms add up in the stream, and their variances: / sqrt keeps its size.
                 terms = 2 * config.n_layer if name.endswith("projection.weight") else 1
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(terms))
             elif name.endswith("bias"):
@@ -332,8 +334,8 @@ def read_gpt2_tokenizer(folder):
 
 
 def load_tokenizer(name=None, folder="gpt2", text=None):
-    """GPT-2's tokenizer ("gpt2": in a folder/SIZE, or by tiktoken, else OSError), one of N tokens
-    learned from text (N), or the first that can be had (None)."""
+    """Name "gpt2": GPT-2's tokenizer, from a folder/SIZE or by tiktoken, else OSError. A number N:
+    one of N tokens, learned from the text. None: the first of these that can be had."""
     if name in (None, "gpt2"):
         for vocabulary in sorted(Path(folder).glob("*/vocab.bpe")):
             return read_gpt2_tokenizer(vocabulary.parent)
@@ -358,9 +360,9 @@ def train_bpe(text, vocab_size):
     tokens = [bytes([b]) for b in range(256)]
     # WORDS for the standard library, which has no \p: a letter is a \w that is no digit and no _.
     runs = re.findall(r"'(?:[stmd]|re|ve|ll)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s", text)
-    counts = Counter(word.encode().decode("latin-1") for word in runs)  # byte n is chr(n), a token
+    counts = collections.Counter(word.encode().decode("latin-1") for word in runs)  # byte n: chr(n)
     while len(tokens) < vocab_size:
-        pairs = Counter()  # recounted for each merge
+        pairs = collections.Counter()  # recounted for each merge
         for word, count in counts.items():
             for pair in itertools.pairwise(word):
                 pairs[pair] += count
@@ -418,15 +420,15 @@ def read_data(options, tokenizer, config):
 # One step: read a batch of windows, measure the loss, let autograd find how it changes with each
 # parameter (the gradient), and move every parameter a little against it. AdamW (Loshchilov and
 # Hutter 2019) divides the mean of a parameter's last gradients by their root mean square: all move
-# by about the learning rate. It rises at first (warm-up), while those means rest on too few
+# by about the learning rate. The rate rises at first (warm-up), while those means rest on too few
 # gradients to be trusted, then falls along half a cosine: large steps to get near, small to settle.
 # Everything random is a function of (seed, step) or (seed, epoch), so that none of it needs saving.
 # Time: a multiply-add is 2 operations forward, 4 backward: 6N a token with N parameters, and for
-# attention 12 n_layer C T: 0.77 GFLOP in 124M with T = 256, so 365 tokens/s are 281 GFLOP/s, 70% of
-# two cores' best. Memory: 16 bytes a parameter (it, its gradient, AdamW's two means), 2 GB in 124M;
+# attention 12 n_layer C T: 0.775 GFLOP in 124M, T = 256. 365 tokens/s are 283 GFLOP/s, 70% of what
+# our two cores can. Memory: 16 bytes a parameter (it, its gradient, AdamW's two means), here 2 GB;
 # then what backward needs of each layer: logits alone are 4 B T V bytes, 0.4 GB with B 8, T 256.
 # bfloat16 rounds what is multiplied; the weights kept, AdamW's means and the loss stay float32. A
-# step's batch is batch_size * accumulate * processes; how it is cut, the mean gradient doesn't see.
+# step's batch is batch_size * accumulate * processes: however it is cut, it has one mean gradient.
 def save_checkpoint(path, model, tokenizer, training_state=None):
     """Write all that is needed to go on; a kill leaves the previous file or this one."""
     content = {"format": 1, "config": asdict(model.config), "weights": model.state_dict()}
@@ -463,7 +465,7 @@ def load_checkpoint(path, **changes):
 
 
 def learning_rate(step, options):
-    """The learning rate of step 0, 1, ..., steps - 1; the last gets a tenth of the highest."""
+    """The learning rate of step 0, 1, ..., steps - 1: up to the highest, down to a tenth."""
     if step < options.warmup:
         return options.learning_rate * (step + 1) / options.warmup
     done = (step + 1 - options.warmup) / (options.steps - options.warmup)  # 1 in the last step
@@ -471,14 +473,14 @@ def learning_rate(step, options):
 
 
 def make_optimizer(model, decay):
-    """AdamW, betas of GPT-3. Matrices and embeddings decay; gains belong near 1, biases are few."""
+    """AdamW, betas of GPT-3. Decay keeps matrices and embeddings small; gains belong near 1."""
     vectors = {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0}
     matrices = {"params": [p for p in model.parameters() if p.dim() > 1]}
     return torch.optim.AdamW([matrices, vectors], weight_decay=decay, betas=(0.9, 0.95), fused=True)
 
 
 def shuffled(n, seed, first, block=1 << 20):
-    """Window numbers without end, from `first` on; each epoch is shuffled anew, in whole blocks."""
+    """Window numbers without end, from `first` on; each epoch (pass) shuffles each block anew."""
     for i in itertools.count(first):
         epoch, place = divmod(i, n)
         begin, at = place // block * block, place % block
@@ -523,8 +525,8 @@ def prepare(name, dtype):
             dtype = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
     if device.type == "cpu":
         with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
-            for option, value in ((-3, 1 << 30), (-1, (1 << 31) - 1)):  # M_MMAP_, M_TRIM_THRESHOLD
-                ctypes.CDLL(None).mallopt(option, value)  # new ones would be zeroed
+            for pair in ((-3, 1 << 25), (-3, 1 << 30), (-1, (1 << 31) - 1)):
+                ctypes.CDLL(None).mallopt(*pair)  # M_MMAP_THRESHOLD (some take 32 MB only), M_TRIM_
         products, x = torch.backends.mkldnn.matmul, torch.rand(512, 512)
         before, products.fp32_precision = products.fp32_precision, "bf16"  # oneDNN, not MKL
         if not torch.equal(x @ torch.eye(512), x):
@@ -584,11 +586,11 @@ def train(**given):
     if options.resume:
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"] or scaler.state_dict())
-    parallel = torch.compile(model) if options.compile else model  # either arithmetic, as fast
+    parallel = torch.compile(model) if options.compile else model  # spelt out as fast as fused
     parallel = nn.parallel.DistributedDataParallel(parallel) if world > 1 else parallel
     first, batch = state["step"], options.batch_size * options.accumulate * world  # windows a step
     order = itertools.islice(shuffled(len(windows), options.seed, first * batch), rank, None, world)
-    pinned = device.type == "cuda"  # from pinned memory a batch goes over while the GPU computes
+    pinned = device.type == "cuda"  # from pinned memory: no wait until a batch has gone over
     batches = iter(DataLoader(windows, options.batch_size, sampler=order, pin_memory=pinned))
     if rank == 0:
         if not options.resume and {"checkpoint.pt", "best.pt"} & {p.name for p in out.glob("*")}:
@@ -600,8 +602,7 @@ def train(**given):
     begun, signals, stop = time.perf_counter(), [], 0
     with contextlib.ExitStack() as afterwards:
         for s in (signal.SIGINT, signal.SIGTERM):  # noted, and obeyed when the step is done
-            old = signal.signal(s, lambda number, frame: signals.append(number))
-            afterwards.callback(signal.signal, s, old)
+            afterwards.callback(signal.signal, s, signal.signal(s, lambda n, _: signals.append(n)))
         for done in range(first + 1, options.steps + 1):
             started, last = time.perf_counter(), done == options.steps
             torch.manual_seed(hash((options.seed, done, rank)))  # dropout draws from this
@@ -630,7 +631,7 @@ def train(**given):
             if rank == 0:
                 line, measured = f"step {done}/{options.steps}  loss {loss:.3f}", ""
                 if len(val_batches) and (last or done % options.eval_every == 0):
-                    val_loss = evaluate(model, val_batches, device)
+                    val_loss = autocast(evaluate)(model, val_batches, device)
                     line, measured = f"{line}  val {val_loss:.3f}", f"{val_loss:.9g}"
                     if val_loss < state["best_val_loss"]:
                         state["best_val_loss"] = val_loss
@@ -638,8 +639,8 @@ def train(**given):
                 row = f"{done},{loss:.9g},{measured},{group['lr']:.9g},{speed:.0f}\n"
                 state["log"] += row
                 log.write(row)
-                left = (time.perf_counter() - begun) / (done - first) * (options.steps - done)
-                line += f"  {speed:,.0f} tokens/s  {left // 60:.0f}:{left % 60:02.0f} left"
+                left = int((time.perf_counter() - begun) / (done - first) * (options.steps - done))
+                line += f"  {speed:,.0f} tokens/s  {left // 60}:{left % 60:02} left"
                 progress(line, keep=last or measured or done % options.sample_every == 0)
                 if last or stop or done % options.save_every == 0:
                     state |= {"step": done, "options": vars(options), "batch": batch}
@@ -670,7 +671,7 @@ def train(**given):
 # 6 Decoding
 # Three dials shape what is drawn. Temperature divides the logits: below 1 the probable becomes more
 # so, 0 takes the best. Top-k leaves the k most probable tokens (Fan et al. 2018), top-p the fewest
-# that reach p in sum (Holtzman et al. 2020): temperature moves those sums, so it comes first.
+# that reach p in sum (Holtzman et al. 2020). Temperature moves sums, not the order: it is first.
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draw the next token of each row: logits (B, V) -> int64 (B,). Ties at place k all stay."""
     if temperature < 1e-6:  # greedy: what is drawn from ever lower temperatures
@@ -688,8 +689,8 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
 
 
 # A full window can't drop one token: all positions, so all keys and values, would change. So half
-# goes, and a reread is rare: [ a b c d e f g h ] + i -> [ f g h i . . . . ], once in context / 2.
-# Each token reads every weight once: in 124M 0.5 GB, 11 ms at 44 GB/s, half of the 21 ms it takes.
+# goes, and a reread is rare: [ a b c d e f g h ] + i -> [ f g h i . . . . ], then room for 4 more.
+# Each token reads every weight once: in 124M 0.5 GB, 11 ms at 44 GB/s. It takes 20, 15 in products.
 def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos=None,
              seed=None, use_cache=True, samples=1):  # fmt: skip
     """Yield the next token of each row, int64 (B * samples,), `samples` for each of prompt (B, T).
@@ -713,8 +714,7 @@ def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=N
                 window, logits = (x.repeat_interleave(samples, 0) for x in (window, logits))
                 for pair in cache.layers if cache else ():  # shared out to the rows
                     pair[:] = [buffer.repeat_interleave(samples, 0) for buffer in pair]
-            finite = logits.max().isfinite()  # the maximum is NaN if there is one anywhere
-            require(finite, "the model's logits are not finite: its weights are no good")
+            require(logits.max().isfinite(), "the model's logits are not finite: bad weights")
             token = sample_token(logits, temperature, top_k, top_p, generator)
             if eos is not None:
                 token = token.masked_fill(ended, eos)
@@ -734,7 +734,7 @@ GPT2_FILES = ["hparams.json", "encoder.json", "vocab.bpe", "model.ckpt.index"]
 GPT2_FILES += ["model.ckpt.data-00000-of-00001"]
 GPT2_LAYERS = {  # a layer in OpenAI's block h0, h1, ...: those in ours; variables w or g (gain), b
     "ln_1": ["norm_1"],  # g (C,), b (C,)
-    "attn/c_attn": ["attention.query", "attention.key", "attention.value"],  # (1, C, 3C), q | k | v
+    "attn/c_attn": ["attention.query", "attention.key", "attention.value"],  # w (1, C, 3C)
     "attn/c_proj": ["attention.projection"],  # w (1, C, C), b (C,)
     "ln_2": ["norm_2"],  # g (C,), b (C,)
     "mlp/c_fc": ["feed_forward.expand"],  # w (1, C, 4C), b (4C,)
@@ -817,7 +817,7 @@ def load_gpt2(folder, **changes):
         try:
             parts = convert_gpt2(Path(folder))
         except Exception as error:  # TensorFlow's, json's
-            raise ValueError(f"{folder}: {error!r}; delete the folder and run again") from error
+            raise ValueError(f"{folder}: {error!r}; mend or delete it, then run again") from error
         save_checkpoint(converted, *parts)
         del parts  # before the same weights are mapped
     return load_checkpoint(converted, **changes)[:2]
