@@ -516,12 +516,14 @@ def test_fine_tuning_starts_from_openais_weights(lesson, gpt2_folder, tmp_path, 
 
 def test_best_pt_has_the_lowest_validation_loss(lesson, tmp_path, capsys):
     """Which is the mean over the end of the text, as computed here from both checkpoints."""
-    text = 2 * LESSON + 2 * "SPHINX OF BLACK QUARTZ, JUDGE MY VOW! "
+    text = (
+        2 * LESSON + "SPHINX OF BLACK QUARTZ, JUDGE MY VOW! 01234 PACK MY BOX WITH FIVE DOZEN JUGS"
+    )
     (tmp_path / "lesson.txt").write_text(text)
-    options = "--tokenizer 280 --steps 60 --eval-every 1 --val-fraction 0.1 --learning-rate 0.03"
-    run(capsys, *lesson, *options.split())
+    options = "--tokenizer 280 --steps 40 --eval-every 1 --val-fraction 0.1 --learning-rate 0.02"
+    run(capsys, *lesson, *options.split(), "--warmup", 5, "--dropout", 0.1)
     measured = [float(row[2]) for row in logged(tmp_path / "out")]
-    assert len(measured) == 60 and min(measured) < measured[-1] - 0.1, "it has risen since"
+    assert len(measured) == 40 and min(measured) < measured[-1] - 0.1, "it has risen since"
     for name, expected in (("best.pt", min(measured)), ("checkpoint.pt", measured[-1])):
         model, tokenizer, _ = gpt.load_checkpoint(tmp_path / "out" / name)
         tokens = torch.tensor(tokenizer.encode(text))
@@ -1177,8 +1179,9 @@ def test_the_tokenizer_comes_from_the_two_files_beside_the_weights(gpt2_folder):
 def test_a_mapped_model_gives_the_very_logits_of_a_copied_one(gpt2_folder):
     """The second start maps model.pt into memory, and not a bit of the logits changes."""
     converted, mapped = (gpt.load_gpt2(gpt2_folder)[0].eval() for _ in range(2))
-    copied = gpt.GPT(mapped.config).eval()
-    copied.load_state_dict({name: tensor.clone() for name, tensor in mapped.state_dict().items()})
+    copied, clones = gpt.GPT(mapped.config).eval(), mapped.state_dict()
+    clones = {name: tensor.clone() for name, tensor in clones.items()}
+    copied.load_state_dict(clones, assign=True)  # each in memory of its own, laid out as it was
     logits = [model(random_tokens(2, 16)) for model in (converted, mapped, copied)]
     assert torch.equal(logits[0], logits[1]) and torch.equal(logits[1], logits[2])
     maps = Path("/proc/self/maps")
