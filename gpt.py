@@ -1,15 +1,15 @@
-"""GPT-2 in one file: train it, sample from it, load OpenAI's weights. Read it from the top.
+"""GPT-2 in one file, to be read from the top: 1 config, 2 layers, 3 model, 4 dataset, 5 training,
+6 decoding, 7 OpenAI's weights, 8 command line; and to be run:
     python gpt.py train                              a GPT learns a short story, on a laptop
     python gpt.py sample --prompt "I HAD always"     it goes on with a text
     python gpt.py sample --gpt2 124M                 so does OpenAI's GPT-2 (a 500 MB download)
     python gpt.py train --gpt2 124M --data my.txt    GPT-2 goes on learning, from your text
-A GPT reads a sequence of tokens (words, parts of words, single bytes) and gives, for each place in
-it, the probability of every token of its vocabulary to come next. Training moves its parameters
-until the tokens that do come next are probable; sampling draws one, appends it and asks again.
-"GPT-2" is Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; src/... are
-files of github.com/openai/gpt-2. Letters of shapes: B batch, sequences side by side; T tokens of a
-sequence in one call; S = T + the tokens in a cache; C channels, the n_embd numbers that stand for a
-token, its row; H heads, of D = C / H channels each; V vocabulary, how many tokens there are."""
+A GPT reads a sequence of tokens (words, parts of words, bytes) and gives, for each place, every
+token's probability to come next. Training moves its parameters until those that do come are
+probable; sampling draws one, appends it and asks again. "GPT-2" is Radford et al. 2019, "Language
+Models are Unsupervised Multitask Learners"; src/... are files of github.com/openai/gpt-2. Shapes: B
+batch, sequences side by side; T tokens of each in one call; S = T + those in a cache; C channels,
+the n_embd numbers that stand for a token, its row; H heads of D = C / H channels; V vocabulary."""
 
 import argparse, codecs, collections, contextlib, ctypes, functools, gc, itertools  # noqa: I001
 import json, math, os, re, signal, sys, time, urllib.request, zipfile
