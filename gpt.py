@@ -13,7 +13,7 @@ the n_embd numbers that stand for a token, its row; H heads of D = C / H channel
 
 import argparse, codecs, collections, contextlib, ctypes, functools, gc, itertools  # noqa: I001
 import json, math, os, re, signal, sys, time, urllib.request, zipfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -49,15 +49,14 @@ class GPTConfig:
     vocab_size: int = 50257  # V: 256 bytes, 50,000 learned tokens, <|endoftext|>
     context_length: int = 1024  # the most tokens read at once
     n_embd: int = 768  # C
-    n_head: int = 12  # H
+    n_head: int = 12  # H; in all of OpenAI's sizes D is 64
     n_layer: int = 12  # blocks, one after the other
     dropout: float = 0.0  # share of activations zeroed while training; OpenAI used 0.1
     qkv_bias: bool = True  # whether query, key and value have a bias; GPT-2's have
     fused: bool = True  # PyTorch's kernels, or the hand-written lines
 
     def __post_init__(self):
-        sizes = (self.vocab_size, self.context_length, self.n_embd, self.n_head, self.n_layer)
-        require(min(sizes) >= 1, f"every size must be at least 1: {self}")
+        require(min(astuple(self)[:5]) >= 1, f"each of the five sizes must be 1 or more: {self}")
         require(self.n_embd % self.n_head == 0, f"n_head must divide n_embd: {self}")
         require(0 <= self.dropout < 1, f"dropout {self.dropout} must be at least 0 and below 1")
 
@@ -197,11 +196,11 @@ class CausalSelfAttention(nn.Module):
         mask, dropout = None, self.dropout if self.training else 0.0
         if T > 1 and (start > 0 or not self.fused):  # query i, token start + i, sees keys up to it
             mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)  # (T, S)
-        if self.fused and (T > 1 or x.is_cuda):
+        if self.fused and (T > 1 or not x.is_cpu):
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, T > 1 and mask is None)
         elif T == 1:  # a CPU takes sums of products faster than products with a matrix of one row
             weights = torch.softmax((q * k).sum(-1, keepdim=True) / math.sqrt(q.shape[-1]), dim=-2)
-            y = (F.dropout(weights, dropout) * v).sum(-2, keepdim=True)  # (B, H, S, D) -> 1 for S
+            y = (F.dropout(weights, dropout) * v).sum(-2, keepdim=True)  # (B, H, 1, D)
         else:
             scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, H, T, S)
             scores = scores.masked_fill(~mask, -math.inf)  # exp(-∞) = 0
@@ -526,7 +525,7 @@ def prepare(name, dtype):
     if device.type == "cpu":
         with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
             for pair in ((-3, 1 << 25), (-3, 1 << 30), (-1, (1 << 31) - 1)):
-                ctypes.CDLL(None).mallopt(*pair)  # M_MMAP_THRESHOLD (some take 32 MB only), M_TRIM_
+                ctypes.CDLL(None).mallopt(*pair)  # M_MMAP_ (or 32 MB, if older), M_TRIM_THRESHOLD
         products, x = torch.backends.mkldnn.matmul, torch.rand(512, 512)
         before, products.fp32_precision = products.fp32_precision, "bf16"  # oneDNN, not MKL
         if not torch.equal(x @ torch.eye(512), x):
@@ -559,7 +558,7 @@ def start(given, world):
         require(not clash, f"--gpt2 brings its own {clash}; leave out one of the two")
         folder = Path(options.gpt2_folder, options.gpt2)
         require(world == 1 or (folder / "model.pt").exists(), "first run sample --gpt2 by itself")
-        download_gpt2(options.gpt2, folder, options.gpt2_url)
+        download_gpt2(options.gpt2, folder, options.gpt2_url)  # section 7
         model, tokenizer = load_gpt2(folder, **changes)
         for weight in model.parameters():
             weight.data = weight.data.contiguous()  # row by row: an eighth faster to train
@@ -593,13 +592,15 @@ def train(**given):
     pinned = device.type == "cuda"  # from pinned memory: no wait until a batch has gone over
     batches = iter(DataLoader(windows, options.batch_size, sampler=order, pin_memory=pinned))
     if rank == 0:
-        if not options.resume and {"checkpoint.pt", "best.pt"} & {p.name for p in out.glob("*")}:
+        if not options.resume and any((out / f"{n}.pt").exists() for n in ("checkpoint", "best")):
             free = (p for n in itertools.count(1) if not (p := Path(f"{out}.{n}")).exists())
             progress(f"{out} held an earlier run, which is now in {out.rename(next(free))}")
         out.mkdir(parents=True, exist_ok=True)
         log = open(out / "log.csv", "w", buffering=1)  # noqa: SIM115  buffered by lines
         log.write(state["log"])  # what a killed run wrote after its checkpoint is written again
-    begun, signals, stop = time.perf_counter(), [], 0
+        size = sum(parameter.numel() for parameter in model.parameters())
+        progress(f"{size:,} parameters learn from {len(windows):,} windows, on {device} in {dtype}")
+    begun, signals, stop, rows = time.perf_counter(), [], 0, [state["log"]]
     with contextlib.ExitStack() as afterwards:
         for s in (signal.SIGINT, signal.SIGTERM):  # noted, and obeyed when the step is done
             afterwards.callback(signal.signal, s, signal.signal(s, lambda n, _: signals.append(n)))
@@ -636,20 +637,20 @@ def train(**given):
                     if val_loss < state["best_val_loss"]:
                         state["best_val_loss"] = val_loss
                         save_checkpoint(out / "best.pt", model, tokenizer)
-                row = f"{done},{loss:.9g},{measured},{group['lr']:.9g},{speed:.0f}\n"
-                state["log"] += row
-                log.write(row)
+                rows.append(f"{done},{loss:.9g},{measured},{group['lr']:.9g},{speed:.0f}\n")
+                log.write(rows[-1])
                 left = int((time.perf_counter() - begun) / (done - first) * (options.steps - done))
                 line += f"  {speed:,.0f} tokens/s  {left // 60}:{left % 60:02} left"
                 progress(line, keep=last or measured or done % options.sample_every == 0)
                 if last or stop or done % options.save_every == 0:
                     state |= {"step": done, "options": vars(options), "batch": batch}
                     state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+                    state["log"] = "".join(rows)
                     save_checkpoint(out / "checkpoint.pt", model, tokenizer, state)
                 if last or done % options.sample_every == 0:
                     prompt = tokenizer.encode(options.prompt, allowed_special="all")
                     prompt = torch.tensor([prompt or [tokenizer.eot_token]], device=device)
-                    added = generate(model.eval(), prompt, 40, temperature=0)
+                    added = generate(model.eval(), prompt, 40, temperature=0)  # section 6
                     print(options.prompt + tokenizer.decode([*map(int, added)]), flush=True)
                     model.train()  # dropout on again
             if stop:
@@ -753,8 +754,7 @@ def download_gpt2(size, folder, url):
         safe = re.match(r"https://|http://(127\.0\.0\.1|localhost|\[::1\])[:/]", address)
         require(safe and "@" not in address, f"{address}: only https is safe, or http from here")
         try:
-            # The last byte is asked for again: a range that begins at the end would be refused.
-            have = max(0, part.stat().st_size - 1) if part.exists() else 0
+            have = max(0, part.stat().st_size - 1) if part.exists() else 0  # an empty range fails
             request = urllib.request.Request(address, headers={"Range": f"bytes={have}-"})
             with urllib.request.build_opener(NoRedirects).open(request, timeout=30) as answer:
                 have = have if answer.status == 206 else 0  # else all of the file comes
