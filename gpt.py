@@ -243,8 +243,8 @@ class TransformerBlock(nn.Module):
 #     x = block(x), n_layer times
 #     logits = final_norm(x) token_embeddingᵀ
 # Attention by itself is blind to order, so each place in the window has a learned vector as well.
-# The output head turns a row into V scores (logits); it is the token embedding again ("tied"): what
-# is near a token's vector predicts it. This saves V * C parameters, 38.6 of 163 million in 124M.
+# The output head's V scores (logits) are a row's products with the token embeddings ("tied"): what
+# is alike to read is alike to predict. This saves V * C parameters, 38.6 of 163 million in 124M.
 # Thanks to the mask, keys and values never depend on later tokens. When a text grows they stay what
 # they were: computed once, they are kept, and only new tokens' rows go through the blocks.
 #     held: [ I | HAD |        |     ], length 2; "always" is read: [ I | HAD | always |     ], 3
@@ -422,12 +422,12 @@ def read_data(options, tokenizer, config):
 # by about the learning rate. The rate rises at first (warm-up), while those means rest on too few
 # gradients to be trusted, then falls along half a cosine: large steps to get near, small to settle.
 # Everything random is a function of (seed, step) or (seed, epoch), so that none of it needs saving.
-# Time: a multiply-add is 2 operations forward, 4 backward: 6N a token with N parameters, and for
+# Time a token: a multiply-add is 2 operations, backward 4 (for both factors): 6N for N weights, in
 # attention 12 n_layer C T: 0.775 GFLOP in 124M, T = 256. 365 tokens/s are 283 GFLOP/s, 70% of what
 # our two cores can. Memory: 16 bytes a parameter (it, its gradient, AdamW's two means), here 2 GB;
 # then what backward needs of each layer: logits alone are 4 B T V bytes, 0.4 GB with B 8, T 256.
-# bfloat16 rounds what is multiplied; the weights kept, AdamW's means and the loss stay float32. A
-# step's batch is batch_size * accumulate * processes: however it is cut, it has one mean gradient.
+# bfloat16 rounds what is multiplied; the weights kept, AdamW's means and the loss stay float32. The
+# pieces of a batch (too large for the memory, or shared by processes) end in one mean gradient.
 def save_checkpoint(path, model, tokenizer, training_state=None):
     """Write all that is needed to go on; a kill leaves the previous file or this one."""
     content = {"format": 1, "config": asdict(model.config), "weights": model.state_dict()}
@@ -608,9 +608,9 @@ def train(**given):
             started, last = time.perf_counter(), done == options.steps
             torch.manual_seed(hash((options.seed, done, rank)))  # dropout draws from this
             loss = torch.zeros((), device=device)
-            for micro in range(1, options.accumulate + 1):  # gradients add up; the last pass syncs
+            for micro in range(1, options.accumulate + 1):  # gradients add up
                 inputs, targets = (t.to(device, non_blocking=True) for t in next(batches))
-                parallel.require_backward_grad_sync = micro == options.accumulate
+                parallel.require_backward_grad_sync = micro == options.accumulate  # then averaged
                 with autocast:
                     part = cross_entropy(parallel(inputs), targets) / options.accumulate
                 scaler.scale(part).backward()
@@ -672,7 +672,7 @@ def train(**given):
 # 6 Decoding
 # Three dials shape what is drawn. Temperature divides the logits: below 1 the probable becomes more
 # so, 0 takes the best. Top-k leaves the k most probable tokens (Fan et al. 2018), top-p the fewest
-# that reach p in sum (Holtzman et al. 2020). Temperature moves sums, not the order: it is first.
+# that reach p in sum (Holtzman et al. 2020). Temperature moves sums, not the top k: so it's first.
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draw the next token of each row: logits (B, V) -> int64 (B,). Ties at place k all stay."""
     if temperature < 1e-6:  # greedy: what is drawn from ever lower temperatures
@@ -691,7 +691,7 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
 
 # A full window can't drop one token: all positions, so all keys and values, would change. So half
 # goes, and a reread is rare: [ a b c d e f g h ] + i -> [ f g h i . . . . ], then room for 4 more.
-# Each token reads every weight once: in 124M 0.5 GB, 11 ms at 44 GB/s. It takes 20, 15 in products.
+# Each token reads every weight once: in 124M 0.5 GB, 11 ms at 44 GB/s; measured 20, 15 in products.
 def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos=None,
              seed=None, use_cache=True, samples=1):  # fmt: skip
     """Yield the next token of each row, int64 (B * samples,), `samples` for each of prompt (B, T).
