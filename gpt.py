@@ -426,8 +426,9 @@ def read_data(options, tokenizer, config):
 # attention 12 n_layer C T: 0.775 GFLOP in 124M, T = 256. 365 tokens/s are 283 GFLOP/s, 70% of what
 # our two cores can. Memory: 16 bytes a parameter (it, its gradient, AdamW's two means), here 2 GB;
 # then what backward needs of each layer: logits alone are 4 B T V bytes, 0.4 GB with B 8, T 256.
-# bfloat16 rounds what is multiplied; the weights kept, AdamW's means and the loss stay float32. The
-# pieces of a batch (too large for the memory, or shared by processes) end in one mean gradient.
+# bfloat16 rounds what products read, for speed; weights, gradients, AdamW's means and loss stay
+# float32. Accumulation reads a batch in parts, if memory is short: their gradients, each divided
+# by the number of parts, add up. Processes hold a model each, alike, as all take the mean gradient.
 def save_checkpoint(path, model, tokenizer, training_state=None):
     """Write all that is needed to go on; a kill leaves the previous file or this one."""
     content = {"format": 1, "config": asdict(model.config), "weights": model.state_dict()}
@@ -709,8 +710,7 @@ def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=N
                 window = window[:, -max(1, context // 2) :]
                 if cache:
                     cache.length = 0
-            unread = window[:, cache.length :] if cache else window  # 1 token, most of the time
-            logits = model(unread, cache, last=True)[:, -1]  # (B, V)
+            logits = model(window[:, cache.length :] if cache else window, cache, last=True)[:, -1]
             if n == 0 and samples > 1:
                 window, logits = (x.repeat_interleave(samples, 0) for x in (window, logits))
                 for pair in cache.layers if cache else ():  # shared out to the rows
