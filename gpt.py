@@ -1,19 +1,59 @@
-"""GPT-2 in one file, to be read from the top: 1 config, 2 layers, 3 model, 4 dataset, 5 training,
-6 decoding, 7 OpenAI's weights, 8 command line; and to be run:
-    python gpt.py train                              a GPT learns a short story, on a laptop
-    python gpt.py sample --prompt "I HAD always"     it goes on with a text
-    python gpt.py sample --gpt2 124M                 so does OpenAI's GPT-2 (a 500 MB download)
-    python gpt.py train --gpt2 124M --data my.txt    GPT-2 goes on learning, from your text
-A GPT reads a sequence of tokens (words, parts of words, bytes) and gives, for each place, every
-token's probability to come next. Training moves its parameters until those that do come are
-probable; sampling draws one, appends it and asks again. "GPT-2" is Radford et al. 2019, "Language
-Models are Unsupervised Multitask Learners"; src/... are files of github.com/openai/gpt-2. Shapes: B
-batch, sequences side by side; T tokens of each in one call; S = T + those in a cache; C channels,
-the n_embd numbers that stand for a token, its row; H heads of D = C / H channels; V vocabulary."""
+"""GPT-2 in one file, to be read from the first line to the last, and then to be run.
 
-import argparse, codecs, collections, contextlib, ctypes, functools, gc, itertools  # noqa: I001
-import json, math, os, re, signal, sys, time, urllib.request, zipfile
-from dataclasses import asdict, astuple, dataclass, replace
+A GPT (generative pre-trained transformer) is a neural network that continues a text. It reads
+tokens, which are words, parts of words or single bytes, and gives every token that it knows a score
+for coming next. One is drawn by these scores and appended, and the network is asked again.
+Training, on much text, changes its parameters, millions of numbers, step by step, until the tokens
+that really come next get high scores. A transformer is made of blocks in which tokens exchange
+information.
+
+    python gpt.py train                             a small GPT learns a short story by heart
+    python gpt.py sample --prompt "I HAD always"    it continues a text
+    python gpt.py sample --gpt2 124M                OpenAI's GPT-2 does (it downloads 500 MB)
+    python gpt.py train --gpt2 124M --data my.txt   GPT-2 learns on, from a text of yours
+
+The first takes a few minutes on two processor cores. Its loss, which measures how badly the model
+predicts, starts near 10.8, like blind guessing, and ends near 0.1: then the model recites "I HAD
+always thought Jack Gisburn rather a cheap genius". The validation loss is that of the last tenth of
+the story, which is kept from training. It falls while the model learns what English looks like, and
+rises when it goes on to learn this one story by heart, and becomes too sure of the story's words.
+
+Sections 1 to 7 are the GPT. Section 8 is what any program needs, and can be skipped.
+
+    1 Config    the numbers that fix a model's shape     5 Training      how parameters are found
+    2 Layers    attention and what stands around it      6 Decoding      how text is drawn from it
+    3 Model     embeddings, blocks, scores, the loss     7 GPT-2 weights OpenAI's file and ours
+    4 Dataset   from a text to tokens and windows        8 Plumbing      files, devices, options
+
+Shapes are written in letters, as (B, T) -> (B, T, C). src/... are files of github.com/openai/gpt-2.
+
+    letter   meaning                                                     in GPT-2 124M
+    B        batch: how many sequences are read side by side             any number
+    T        time: tokens of each sequence that are read in one call     1 to 1,024
+    S        tokens that can be seen: T and those that were read before  1 to 1,024
+    C        channels: the numbers that stand for one token              768
+    H        heads: attentions that work side by side                    12
+    D        channels of one head, C / H                                 64
+    V        vocabulary: how many different tokens there are             50,257
+"""
+
+import argparse
+import codecs
+import collections
+import ctypes
+import datetime
+import gc
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+import zipfile
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,706 +61,694 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
-
+from torch.utils.data import Dataset, default_collate
 
 # ==================================================================================================
 # 1 Config
-# Seven fields fix the architecture, and all but n_head and dropout the parameters' shapes. `fused`
-# does neither: LayerNorm, GELU and attention stand here twice, spelt out and as one fast kernel.
-def require(ok, message):
-    """Raise ValueError unless ok: for what a user can mend."""
-    if not ok:
-        raise ValueError(message)
-
-
-def progress(text, keep=True):
-    """Show a line on standard error; one that isn't kept is overwritten, or left out of a file."""
-    width = os.get_terminal_size(2).columns - 1 if sys.stderr.isatty() else 0
-    text = text if keep else text[:width]  # what is to be overwritten must fit one line
-    if keep or width:
-        print(text.ljust(width), end="\n" if keep else "\r", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a GPT. Raises ValueError for an impossible one. Source: GPT-2, section 2.3."""
+    """The shape of a GPT, by default that of the smallest GPT-2; an impossible one is a UserError.
+    Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (the GPT-2
+    paper), section 2.3."""
 
-    vocab_size: int = 50257  # V: 256 bytes, 50,000 learned tokens, <|endoftext|>
-    context_length: int = 1024  # the most tokens read at once
+    vocab_size: int = 50257  # V
+    context_length: int = 1024  # the most tokens that the model can read at once
     n_embd: int = 768  # C
-    n_head: int = 12  # H; in all of OpenAI's sizes D is 64
+    n_head: int = 12  # H
     n_layer: int = 12  # blocks, one after the other
-    dropout: float = 0.0  # share of activations zeroed while training; OpenAI used 0.1
-    qkv_bias: bool = True  # whether query, key and value have a bias; GPT-2's have
-    fused: bool = True  # PyTorch's kernels, or the hand-written lines
+    dropout: float = 0.0  # the share of numbers that training sets to 0; OpenAI used 0.1
+    fused: bool = True  # True: PyTorch's kernels; False: the same arithmetic, written by hand
 
     def __post_init__(self):
-        require(min(astuple(self)[:5]) >= 1, f"each of the five sizes must be 1 or more: {self}")
-        require(self.n_embd % self.n_head == 0, f"n_head must divide n_embd: {self}")
-        require(0 <= self.dropout < 1, f"dropout {self.dropout} must be at least 0 and below 1")
+        for name in ("vocab_size", "context_length", "n_embd", "n_head", "n_layer"):
+            size = getattr(self, name)
+            if not isinstance(size, int) or size < 1:
+                raise UserError(f"{name} is {size}; it must be a whole number from 1 up")
+        if self.n_embd % self.n_head != 0:
+            raise UserError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
 
 
-SHAPES = (("124M", 768, 12), ("355M", 1024, 24), ("774M", 1280, 36), ("1558M", 1600, 48))
-GPT2_CONFIGS = {size: GPTConfig(n_embd=C, n_head=C // 64, n_layer=n) for size, C, n in SHAPES}
-SIZES = {"small": GPTConfig(context_length=64, n_embd=384, n_head=6, n_layer=4), **GPT2_CONFIGS}
+class UserError(ValueError):
+    """A mistake that the user can mend: the command line shows it as one line."""
 
 
-class Options(argparse.Namespace):
-    """The options of train (t), of sample (s), and those a resumed run may change (r): name,
-    default (- is None), values (a|b, 1.. whole, 0.0..1 any) and what it does [what None means].
-    t    data           -      text        UTF-8, or .bin: GPT-2's tokens, uint16 [the-verdict.txt]
-    t    val_fraction   0.1    0.0..0.99   the end of the data, kept for validation
-    t    tokenizer      -      text        gpt2, or N: learn N tokens from data [gpt2, else 1024]
-    t    size           small  small|124M|355M|774M|1558M  the shape of a new model
-    ts   gpt2           -      124M|355M|774M|1558M  use OpenAI's weights
-    ts   gpt2_folder    gpt2   text        where its files are kept, in a folder for each size
-    ts   gpt2_url       https://openaipublic.blob.core.windows.net/gpt-2/models  text  the source
-    s    checkpoint     out/checkpoint.pt  text  a model that was trained here
-    t    context        -      1..1000000  tokens in a window [the size's]
-    t    n_layer        -      1..1000     blocks [the size's]
-    t    n_head         -      1..1000     attention heads [the size's]
-    t    n_embd         -      1..1000000  channels [the size's]
-    t    dropout        0      0.0..0.99   share of activations zeroed while training
-    t    from_scratch   -      switch      run the hand-written arithmetic, not PyTorch's kernels
-    tr   steps          280    1..         optimizer steps, in all
-    tr   batch_size     8      1..10000    windows that each process reads at once
-    tr   accumulate     1      1..         batches whose gradients add up to one step
-    t    stride         -      1..         tokens from window to window [half the context]
-    t    learning_rate  1e-3   0.0..1e9    the highest, at the end of the warm-up
-    t    warmup         20     0..         steps in which the learning rate rises
-    t    weight_decay   0.1    0.0..10     pull of matrices and embeddings towards 0
-    t    clip           1      1e-9..1e9   a gradient of a greater norm is shortened to it
-    tr   eval_every     20     1..         steps between measurements of the validation loss
-    tr   save_every     100    1..         steps between checkpoints
-    tr   sample_every   100    1..         steps between samples of text
-    ts   prompt         I HAD always thought  text  to be continued; sample reads - from its input
-    s    tokens         100    1..         the most tokens to add
-    s    temperature    0.8    0.0..1e6    0 takes the most probable token, more varies more
-    s    top_k          50     1..         draw among the k most probable tokens
-    s    top_p          1      1e-9..1     draw among the fewest that have probability p in sum
-    s    samples        1      1..1000     how many continuations
-    s    ignore_eos     -      switch      go on after <|endoftext|>
-    s    no_cache       -      switch      read the whole text again for each token (to compare)
-    ts   seed           1      0..1e18     another number, other weights, order and draws
-    tsr  device         auto   auto|cpu|cuda|mps  where to compute
-    tsr  dtype          auto   auto|float32|bfloat16|float16  to compute in [16 bits with cuda]
-    tsr  compile        -      switch      let torch.compile fuse the arithmetic; starts slowly
-    tr   out            out    text        folder for checkpoint.pt, best.pt and log.csv
-    tr   resume         -      switch      go on from the checkpoint in that folder"""
-
-    def __init__(self, command, **given):
-        for name, default, values, _, _ in self.table(command):
-            value = given.get(name, default)
-            if ".." in values and value is not None:
-                low, high = values.split("..")
-                inside = float(low) <= value <= float(high or math.inf)  # which NaN never is
-                require(inside, f"--{name.replace('_', '-')} is {value}, it must be in {values}")
-            setattr(self, name, value)
-
-    @classmethod
-    def table(cls, command):
-        """Each option's name, default, values, their type (str, int, float), and explanation."""
-        for line in cls.__doc__.splitlines()[2:]:
-            commands, name, default, values, text = re.split(r"  +", line.strip(), maxsplit=4)
-            kind = str if ".." not in values else int if re.match(r"\d+\.\.", values) else float
-            if command[0] in commands:
-                yield name, None if default == "-" else kind(default), values, kind, text
+GPT2_CONFIGS = {  # named after the number of their parameters, in millions
+    "124M": GPTConfig(n_embd=768, n_head=12, n_layer=12),
+    "355M": GPTConfig(n_embd=1024, n_head=16, n_layer=24),
+    "774M": GPTConfig(n_embd=1280, n_head=20, n_layer=36),
+    "1558M": GPTConfig(n_embd=1600, n_head=25, n_layer=48),
+}
+SMALL_CONFIG = GPTConfig(context_length=64, n_embd=384, n_head=6, n_layer=4)  # for a laptop
 
 
 # ==================================================================================================
 # 2 Layers
-# A token travels as a row of C numbers, its residual stream. A block adds to it twice: attention
-# moves information from row to row, the feed-forward network works on each row. x (B, T, C) are all
-# rows. nn.Linear(m, n) holds W (n, m) and b (n,), and maps x (..., m) to x Wᵀ + b (..., n).
+# Inside the model, C numbers stand for each token. A layer reads them and adds its result to them.
+# They are called the residual stream: a layer need not pass on what is known already, it
+# contributes only the rest, the residue, that is still missing. A sum also hands its gradient on
+# unchanged, so the first of many layers learns as well as the last (He et al. 2016, "Deep Residual
+# Learning for Image Recognition"). Most parameters are in nn.Linear(m, n), which makes n numbers of
+# m by a learned matrix W (n, m) and a learned bias b (n,): x (..., m) -> x Wᵀ + b (..., n).
+#
+# Dropout sets a random share of numbers to 0 while the model trains, and enlarges the others to
+# keep their mean: after the embeddings (section 3), on the attention weights, and on each layer's
+# result. A model that can't rely on any single number finds it harder to learn a text by heart
+# (Srivastava et al. 2014, "Dropout"). A model in use has none.
 class LayerNorm(nn.Module):
-    """y = (x - mean) / sqrt(variance + eps) * weight + bias over the C of each row of (B, T, C): so
-    layers read numbers of one size. Source: Ba et al. 2016, section 3.1; src/model.py, norm()."""
+    """Bring the C numbers of each token to mean 0 and variance 1, then scale and shift them.
+
+        y = (x - mean) / sqrt(variance + eps) * weight + bias          (B, T, C) -> (B, T, C)
+
+    The stream grows with every result that is added, and layers learn best from numbers of one
+    size. Mean and variance are taken over the C channels of one token. weight and bias (C,) are
+    learned: each channel gets the size and the offset that suit the next layer. Source: Ba et al.
+    2016,
+    "Layer Normalization", section 3; src/model.py, norm()."""
 
     def __init__(self, config):
         super().__init__()
-        self.fused, self.eps = config.fused, 1e-5  # eps keeps a constant row from dividing by 0
-        self.weight = nn.Parameter(torch.ones(config.n_embd))  # the gain
+        self.fused = config.fused
+        self.eps = 1e-5  # keeps a token whose channels are all equal from a division by 0
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
         self.bias = nn.Parameter(torch.zeros(config.n_embd))
 
     def forward(self, x):
-        if self.fused:
-            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-        x = x - x.mean(-1, keepdim=True)  # (B, T, C) - (B, T, 1)
-        variance = x.square().mean(-1, keepdim=True)  # (B, T, 1), divided by C, not C - 1
-        return x * torch.rsqrt(variance + self.eps) * self.weight + self.bias
+        if not self.fused:  # in 32 bits: float16 ends at 65,504, and the square of 256 is beyond
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            wide = wide - wide.mean(dim=-1, keepdim=True)  # (B, T, C) - (B, T, 1)
+            variance = wide.square().mean(dim=-1, keepdim=True)  # divided by C, not by C - 1
+            normalized = wide / torch.sqrt(variance + self.eps)  # (B, T, C)
+            return (normalized * self.weight + self.bias).to(x.dtype)
+        shape = self.weight.shape
+        return F.layer_norm(x, shape, weight=self.weight, bias=self.bias, eps=self.eps)
 
 
 class GELU(nn.Module):
-    """x times the probability that a standard normal number is below x: a soft max(0, x). The tanh
-    form was faster than the exact one; GPT-2 was trained with it. Hendrycks and Gimpel 2016, 2."""
+    """A smooth version of max(0, x): x times the probability that a normal random number is below.
+    This is not the exact function but an approximation by tanh, off by less than 0.0005: it was
+    faster once, and GPT-2 was trained with it. Source: Hendrycks and Gimpel 2016, "Gaussian Error
+    Linear Units", section 2; src/model.py, gelu()."""
 
     def __init__(self, config):
         super().__init__()
         self.fused = config.fused
 
     def forward(self, x):
-        if self.fused:
-            return F.gelu(x, approximate="tanh")
-        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
+        if not self.fused:
+            cubic = 0.044715 * x * x * x
+            inner = math.sqrt(2 / math.pi) * (x + cubic)
+            return 0.5 * x * (1 + torch.tanh(inner))
+        return F.gelu(x, approximate="tanh")
+
+
+# Attention brings information from one token to another. Each token makes three vectors of its C
+# numbers: a query (what am I looking for?), a key (what can I be found by?) and a value (what do I
+# tell whoever finds me?). The score of a query and a key is their scalar product, large where both
+# point the same way. Softmax turns the scores s of a query into positive weights with the sum 1,
+#     softmax(s)[i] = exp(s[i]) / (exp(s[0]) + exp(s[1]) + ...)
+# and the query's token receives the mean of all values, each counted with its weight:
+#     attention(q, k, v) = softmax(q kᵀ / sqrt(D) + mask) v
+#
+# Why the square root? A score is a sum of D products of either sign, typically sqrt(D) times as
+# large as one product. Softmax of large numbers puts nearly all weight on one token, also when the
+# scores are varied a little: the gradient is almost 0, and nothing is learned.
+#
+# Why the mask? The model has to predict the next token. If a token could see even one of those
+# after it, training would teach it to copy the answer: the loss would fall to almost 0, and the
+# model would be useless for writing, where the next token isn't there yet. The mask makes the
+# scores of later tokens -∞ before the softmax. exp(-∞) is 0, and the weights that remain have the
+# sum 1, which they would not if they were set to 0 after it. As row t of the result depends on
+# tokens 0 to t alone, one pass over a text trains the predictions at all its positions at once. An
+# example for a pencil, with three tokens and D = 2 (sqrt(2) is 1.41):
+#
+#             q       k       v       q kᵀ / 1.41, masked    the weights, rounded    result
+#   I       (1, 0)  (0, 1)  (1, 0)    0.00    -∞     -∞      1.00  0.00  0.00      (1.00, 0.00)
+#   HAD     (0, 2)  (1, 0)  (0, 1)    1.41   0.00    -∞      0.80  0.20  0.00      (0.80, 0.20)
+#   always  (2, 0)  (1, 1)  (1, 1)    0.00   1.41   1.41     0.11  0.45  0.45      (0.55, 0.89)
+def attention(q, k, v, mask, dropout=0.0):
+    """The formula, in each head: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D).
+    mask (T, S), bool, is True where a query may see a token. Source: Vaswani et al. 2017,
+    "Attention
+    Is All You Need", section 3.2.1."""
+    scores = q @ k.transpose(-2, -1)  # (B, H, T, D) @ (B, H, D, S) -> (B, H, T, S)
+    scores = scores / math.sqrt(q.shape[-1])
+    scores = scores.masked_fill(~mask, -math.inf)
+    weights = torch.softmax(scores, dim=-1)  # over the S tokens: each row has the sum 1
+    weights = F.dropout(weights, dropout)
+    return weights @ v  # (B, H, T, S) @ (B, H, S, D) -> (B, H, T, D)
+
+
+def attention_of_one(q, k, v):
+    """The same for T = 1 on a CPU: sums of products are quicker there than a product by one row."""
+    scores = (q * k).sum(dim=-1, keepdim=True)  # (B, H, S, 1)
+    weights = torch.softmax(scores / math.sqrt(q.shape[-1]), dim=-2)  # it may see all: no mask
+    return (weights * v).sum(dim=-2, keepdim=True)  # (B, H, 1, D)
 
 
 class CausalSelfAttention(nn.Module):
-    """Each token mixes together what it finds in itself and the tokens before it.
-        attention(Q, K, V) = softmax(Q Kᵀ / sqrt(D) + mask) V                 in each of H heads
-    A row's query says what it looks for, its key what it offers, its value what it hands over. A
-    score sums D products of either sign, so it grows like sqrt(D); undivided, one weight would be
-    near 1, the others near 0, and no gradient come back. The mask makes scores of later tokens -∞
-    before the softmax: so the weights left sum to 1, which they would not if zeroed after it.
-                        key:   I   HAD  always     (B, T, C) -> (B, T, C)
-        query  I              1.0   0     0        Row t knows tokens up to t only: one pass over a
-               HAD            0.7  0.3    0        text predicts at all T places, and none of them
-               always         0.3  0.1   0.6       looks at its answer. Vaswani et al. 2017, 3.2"""
+    """Attention of a text to itself, in H heads: (B, T, C) -> (B, T, C).
+    A softmax can look for one kind of thing. H heads, each on its own D = C / H channels, look for
+    H things at once: a verb, the last name, an opening quote. Their results are put side by side,
+    and the projection, a learned matrix, mixes them, so that what one head has found can reach
+    every
+    channel of the stream. Source: Vaswani et al. 2017, section 3.2.2."""
 
-    def __init__(self, config):
+    def __init__(self, config, layer=0):
         super().__init__()
-        self.n_head, self.dropout, self.fused = config.n_head, config.dropout, config.fused
-        C, bias = config.n_embd, config.qkv_bias
-        self.query, self.key, self.value = (nn.Linear(C, C, bias=bias) for _ in range(3))
-        self.projection = nn.Linear(C, C)  # mixes what the heads found
+        self.config = config
+        self.layer = layer  # the number of the block, by which a cache knows its keys and values
+        C = config.n_embd
+        self.query = nn.Linear(C, C)
+        self.key = nn.Linear(C, C)
+        self.value = nn.Linear(C, C)
+        self.projection = nn.Linear(C, C)
 
-    def forward(self, x, past=None, start=0):
-        """past: this layer's buffers (B, H, ., D) of a KVCache (section 3), with `start` tokens."""
-        B, T, C = x.shape
-        heads = (B, T, self.n_head, C // self.n_head)  # the channels shared out: C = H * D
-        q, k, v = (f(x).view(heads).transpose(1, 2) for f in (self.query, self.key, self.value))
-        if past is not None:
-            for buffer, new in zip(past, (k, v), strict=True):
-                buffer[:, :, start : start + T] = new
-            k, v = (buffer[:, :, : start + T] for buffer in past)  # (B, H, T, D) -> (B, H, S, D)
-        mask, dropout = None, self.dropout if self.training else 0.0
-        if T > 1 and (start > 0 or not self.fused):  # query i, token start + i, sees keys up to it
-            mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)  # (T, S)
-        if self.fused and (T > 1 or not x.is_cpu):
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, T > 1 and mask is None)
-        elif T == 1:  # a CPU takes sums of products faster than products with a matrix of one row
-            weights = torch.softmax((q * k).sum(-1, keepdim=True) / math.sqrt(q.shape[-1]), dim=-2)
-            y = (F.dropout(weights, dropout) * v).sum(-2, keepdim=True)  # (B, H, 1, D)
-        else:
-            scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, H, T, S)
-            scores = scores.masked_fill(~mask, -math.inf)  # exp(-∞) = 0
-            weights = F.dropout(torch.softmax(scores, dim=-1), dropout)  # exp(score) / row's sum
-            y = weights @ v  # (B, H, T, S) @ (B, H, S, D) -> (B, H, T, D)
-        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
-        return F.dropout(self.projection(y), dropout)
+    def forward(self, x, cache=None):
+        q = self.split_heads(self.query(x))  # (B, T, C) -> (B, H, T, D)
+        k = self.split_heads(self.key(x))
+        v = self.split_heads(self.value(x))
+        if cache is not None:  # section 6 keeps keys and values of earlier tokens, in float32
+            k, v = cache.extend(self.layer, k, v)  # (B, H, T, D) -> (B, H, S, D)
+        y = self.attend(q.to(k.dtype), k, v)  # (B, H, T, D)
+        y = y.transpose(1, 2).flatten(start_dim=2)  # -> (B, T, H, D) -> (B, T, C)
+        y = self.projection(y.to(x.dtype))
+        return F.dropout(y, self.config.dropout, training=self.training)
+
+    def split_heads(self, x):
+        """(B, T, C) -> (B, T, H, D) -> (B, H, T, D): head 0 has the first D channels, and so on."""
+        return x.unflatten(-1, (self.config.n_head, -1)).transpose(1, 2)
+
+    def attend(self, q, k, v):
+        """attention(), by hand or by PyTorch's kernel for the same arithmetic."""
+        dropout = self.config.dropout if self.training else 0.0
+        T = q.shape[2]
+        S = k.shape[2]
+        if self.config.fused and T == S:
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        if self.config.fused and T == 1 and q.is_cpu:
+            return attention_of_one(q, k, v)
+        # Query i sees tokens up to S - T + i. (2, 3): [[True, True, False], [True, True, True]].
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(diagonal=S - T)
+        if self.config.fused:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        return attention(q, k, v, mask, dropout)
 
 
 class FeedForward(nn.Module):
-    """gelu(x W₁ᵀ + b₁) W₂ᵀ + b₂: (B, T, C) -> (B, T, 4C) -> (B, T, C). src/model.py, mlp()."""
+    """Work on what a token has gathered, for each by itself: gelu(x W₁ᵀ + b₁) W₂ᵀ + b₂.
+    Attention only takes means; here conclusions are drawn from them. Each of the 4C hidden numbers
+    responds to one pattern in a token's C numbers, and says what to add to the stream where it is
+    found. Two thirds of a block's weights are here. Without the GELU between them, two matrices can
+    do no more than one, their product. Four times as wide is what worked for Vaswani et al. 2017,
+    section 3.3. Source: src/model.py, mlp()."""
 
     def __init__(self, config):
         super().__init__()
-        self.expand = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.gelu, self.dropout = GELU(config), config.dropout
-        self.projection = nn.Linear(4 * config.n_embd, config.n_embd)
+        C = config.n_embd
+        self.dropout = config.dropout
+        self.expand = nn.Linear(C, 4 * C)
+        self.gelu = GELU(config)
+        self.projection = nn.Linear(4 * C, C)
 
     def forward(self, x):
-        return F.dropout(self.projection(self.gelu(self.expand(x))), self.dropout, self.training)
+        hidden = self.gelu(self.expand(x))  # (B, T, C) -> (B, T, 4C)
+        y = self.projection(hidden)  # (B, T, 4C) -> (B, T, C)
+        return F.dropout(y, self.dropout, training=self.training)
 
 
 class TransformerBlock(nn.Module):
-    """Both layers read the stream through a norm and add to it (pre-LayerNorm). Norms on the stream
-    itself would rescale each gradient; a plain sum takes it whole to every layer. GPT-2, 2.3."""
+    """Attention between tokens, then the feed-forward network on each: (B, T, C) -> (B, T, C).
+    Both read the stream through a LayerNorm of their own. The Transformer of 2017 had LayerNorms on
+    the stream, after each sum, where they rescaled every gradient on its way back: training needed
+    a careful start. With "pre-LayerNorm" the stream is nothing but sums, and training is more
+    stable. Source: GPT-2 paper, section 2.3; Xiong et al. 2020, "On Layer Normalization in the
+    Transformer
+    Architecture"."""
 
-    def __init__(self, config):
+    def __init__(self, config, layer=0):
         super().__init__()
-        self.norm_1, self.attention = LayerNorm(config), CausalSelfAttention(config)
-        self.norm_2, self.feed_forward = LayerNorm(config), FeedForward(config)
+        self.norm_1 = LayerNorm(config)
+        self.attention = CausalSelfAttention(config, layer)
+        self.norm_2 = LayerNorm(config)
+        self.feed_forward = FeedForward(config)
 
-    def forward(self, x, past=None, start=0):
-        x = x + self.attention(self.norm_1(x), past, start)  # (B, T, C)
-        return x + self.feed_forward(self.norm_2(x))  # (B, T, C)
+    def forward(self, x, cache=None):
+        x = x + self.attention(self.norm_1(x), cache)
+        return x + self.feed_forward(self.norm_2(x))
 
 
 # ==================================================================================================
 # 3 Model
-#     x = token_embedding[tokens] + position_embedding[0, 1, ..., T - 1]
-#     x = block(x), n_layer times
-#     logits = final_norm(x) token_embeddingᵀ
-# Attention by itself is blind to order, so each place in the window has a learned vector as well.
-# The output head's V scores (logits) are a row's products with the token embeddings ("tied"): what
-# is alike to read is alike to predict. This saves V * C parameters, 38.6 of 163 million in 124M.
-# Thanks to the mask, keys and values never depend on later tokens. When a text grows they stay what
-# they were: computed once, they are kept, and only new tokens' rows go through the blocks.
-#     held: [ I | HAD |        |     ], length 2; "always" is read: [ I | HAD | always |     ], 3
-# The price, per sequence: 2 * n_layer * C numbers a token; 124M, float32: 72 KiB, a window 72 MiB.
-class KVCache:
-    """The keys and values of the tokens read so far, in buffers made once, for `length` tokens."""
-
-    def __init__(self, config, batch_size, length=None, device=None, dtype=None):
-        length, D = length or config.context_length, config.n_embd // config.n_head
-        new = functools.partial(torch.empty, (batch_size, config.n_head, length, D), dtype=dtype)
-        self.layers = [[new(device=device), new(device=device)] for _ in range(config.n_layer)]
-        self.length = 0  # tokens held
-
-
+#     x = token_embedding[tokens] + position_embedding[0, 1, ..., T - 1]     (B, T) -> (B, T, C)
+#     x = block(x), n_layer times                                            (B, T, C)
+#     logits = final_norm(x) token_embeddingᵀ                                (B, T, C) -> (B, T, V)
+#
+# A token is a number from 0 to V - 1. Two learned tables turn it into C numbers: the row of the
+# token, its embedding, plus the row of its position, without which a layer of attention would give
+# a token the same result in whatever order the tokens before it stand. There are context_length
+# positions, so no longer text can be read at once. Any shorter one can, by the same weights: each
+# matrix acts on the C numbers of one token at a time, however many tokens there are.
+#
+# The scores at the end, called logits, are scalar products of a position's C numbers with the
+# embeddings of all tokens: the table serves twice, the output head is "tied" to it. So tokens with
+# similar embeddings get similar scores (Press and Wolf 2017, "Using the Output Embedding to Improve
+# Language Models"), and a second table of V C = 38.6 million numbers is saved: 124M has 124.4
+# million parameters, and would have 163.0 untied.
 class GPT(nn.Module):
-    """tokens (B, T) -> logits (B, T, V): log-probabilities of the next token, up to a constant."""
+    """tokens (B, T), int64 -> logits (B, T, V): at each position, a score for every next token."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        V, T, C = config.vocab_size, config.context_length, config.n_embd
-        self.token_embedding = nn.Embedding.from_pretrained(torch.empty(V, C), freeze=False)
-        self.position_embedding = nn.Embedding.from_pretrained(torch.empty(T, C), freeze=False)
-        self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layer))
+        self.token_embedding = nn.Parameter(torch.empty(config.vocab_size, config.n_embd))
+        self.position_embedding = nn.Parameter(torch.empty(config.context_length, config.n_embd))
+        self.blocks = nn.ModuleList(TransformerBlock(config, n) for n in range(config.n_layer))
         self.final_norm = LayerNorm(config)
-        if self.token_embedding.weight.is_meta:  # shapes without memory, for weights from a file
-            return
-        for name, parameter in self.named_parameters():  # GPT-2, section 2.3; src/model.py
-            if parameter.dim() > 1:
-                # 2 n_layer terms add up in the stream, and their variances: / sqrt keeps its size.
-                terms = 2 * config.n_layer if name.endswith("projection.weight") else 1
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(terms))
+        if self.token_embedding.is_meta:
+            return  # a "meta" tensor has a shape and no memory: its numbers will come from a file
+        # Each block adds two results to the stream, and the variances of 2 n_layer results add up.
+        # The matrices that make them, all called `projection`, start smaller by sqrt(2 n_layer): so
+        # the stream ends at the same size in a model of any depth. Source: GPT-2 paper, 2.3.
+        for name, parameter in self.named_parameters():
+            if name.endswith("projection.weight"):
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def forward(self, tokens, cache=None, last=False):
-        """The tokens follow those in the cache; with `last`, logits (B, 1, V) of the last place."""
-        start, context = cache.length if cache else 0, self.config.context_length
+    def forward(self, tokens, cache=None, last_only=False):
+        """Tokens continue those of a KVCache (section 6); more than the context are a UserError.
+        last_only: compute the logits of the last position alone, (B, 1, V)."""
+        start = 0 if cache is None else cache.length
         end = start + tokens.shape[1]
-        require(end <= context, f"{end} tokens are more than the model's window of {context}")
-        x = self.token_embedding(tokens)  # (B, T) -> (B, T, C)
-        x = x + self.position_embedding.weight[start:end]  # (T, C), for every sequence
-        x = F.dropout(x, self.config.dropout, self.training)
-        for n, block in enumerate(self.blocks):
-            x = block(x, cache.layers[n] if cache else None, start)
-        if cache:
+        if end > self.config.context_length:
+            raise UserError(f"{end} tokens don't fit the context of {self.config.context_length}")
+        x = F.embedding(tokens, self.token_embedding)  # (B, T) -> (B, T, C)
+        x = x + self.position_embedding[start:end]  # + (T, C), the same for each sequence
+        x = F.dropout(x, self.config.dropout, training=self.training)
+        for block in self.blocks:
+            x = block(x, cache)  # (B, T, C)
+        if cache is not None:
             cache.length = end
-        x = self.final_norm(x[:, -1:] if last else x)
-        return F.linear(x, self.token_embedding.weight)  # (B, T, C) @ (C, V) -> (B, T, V)
+        x = self.final_norm(x[:, -1:] if last_only else x)  # (B, T, C) or (B, 1, C)
+        return F.linear(x, self.token_embedding)  # (B, T, C) @ (C, V) -> (B, T, V)
 
 
+# Softmax of the logits gives each token its probability to come next. The probability of a text is
+# the product of those of its tokens, each given the tokens before it, and training makes the texts
+# that people wrote as probable as it can. A logarithm turns the product into a sum, and a minus
+# sign "as large as possible" into "as small as possible": the loss is the mean of -log p over all
+# tokens, p being the probability that the model gave to the token that really came. With natural
+# logarithms its unit is the nat. A loss of 3.0 means p = exp(-3.0), 1 in 20; 0 would be certainty.
+# A new model gives every token about 1 / V, so it starts near ln V, 10.8 for GPT-2.
 def cross_entropy(logits, targets):
-    """Mean of -log softmax(logits)[target] in nats: logits (..., V), targets (...) int64. Small new
-    weights give each token about 1/V: the loss starts near ln V, 10.8 with GPT-2's vocabulary."""
-    logits = logits if logits.dtype == torch.float64 else logits.float()  # sums need 32 bits
-    chosen = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)  # (B, T, V) -> (B, T)
-    return (logits.logsumexp(-1) - chosen).mean()  # log(sum of exp), the largest taken out first
+    """The mean of -log softmax(logits)[target], in nats, a scalar; logits (..., V), targets (...).
+    By the definition of softmax, -log p is the logarithm of the sum of all exp(logit), called
+    logsumexp, minus the logit of the target. 16 bits are too coarse for such sums."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    chosen = logits.gather(dim=-1, index=targets.unsqueeze(-1)).squeeze(-1)  # (B, T, V) -> (B, T)
+    return (logits.logsumexp(dim=-1) - chosen).mean()
 
 
 # ==================================================================================================
 # 4 Dataset
-# GPT-2's tokenizer starts from the 256 bytes, so that it can write anything, and has learned 50,000
-# longer tokens by merging the most frequent pair of neighbours again and again (byte-pair encoding;
-# Sennrich et al. 2016, GPT-2 2.2), never across words (with the space before). tiktoken applies it.
-EOT = "<|endoftext|>"  # one token, between two documents; merging never makes it
-WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
-
-def make_tokenizer(name, ranks, eot):
-    """A tiktoken.Encoding from ranks, {bytes of a token: its number}; lower ones merge first."""
-    return tiktoken.Encoding(name, pat_str=WORDS, mergeable_ranks=ranks, special_tokens={EOT: eot})
-
-
-def read_gpt2_tokenizer(folder):
-    """GPT-2's own. encoder.json writes each byte as a printable character; see src/encoder.py."""
-    ranks = json.loads((folder / "encoder.json").read_text("utf-8"))
-    merges = (folder / "vocab.bpe").read_text("utf-8").split("\n")[1:-1]  # after a version
-    fit = all(ranks.get(merge.replace(" ", "")) == 256 + n for n, merge in enumerate(merges))
-    require(fit, f"vocab.bpe and encoder.json in {folder} don't fit each other; delete the folder")
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # the rest: chr(256), ...
-    byte = {chr(b): b for b in printable}
-    byte |= {chr(256 + n): b for n, b in enumerate(sorted({*range(256)} - {*printable}))}
-    end_of_text = ranks.pop(EOT)
-    ranks = {bytes(byte[c] for c in token): rank for token, rank in ranks.items()}
-    return make_tokenizer("gpt2", ranks, end_of_text)
-
-
-def load_tokenizer(name=None, folder="gpt2", text=None):
-    """Name "gpt2": GPT-2's tokenizer, from a folder/SIZE or by tiktoken, else OSError. A number N:
-    one of N tokens, learned from the text. None: the first of these that can be had."""
-    if name in (None, "gpt2"):
-        for vocabulary in sorted(Path(folder).glob("*/vocab.bpe")):
-            return read_gpt2_tokenizer(vocabulary.parent)
-        try:
-            return tiktoken.get_encoding("gpt2")
-        except Exception as error:  # the network's, in whatever form tiktoken passes it on
-            problem = f"can't download GPT-2's vocabulary ({type(error).__name__})"
-            if name == "gpt2" or text is None:
-                raise OSError(f"{problem}; go online, or take a text, --tokenizer 1024") from error
-            progress(f"{problem}; learning 1024 tokens from the text instead")
-    size = "1024" if name is None else str(name)
-    require(size.isdecimal(), f"--tokenizer is {name}, it must be gpt2 or a number from 257 up")
-    require(text is not None, "a .bin file holds GPT-2's tokens, --tokenizer can only be gpt2")
-    ranks = train_bpe(text, int(size) - 1)  # and then <|endoftext|>
-    return make_tokenizer("learned", ranks, len(ranks))
+# A text is stored as bytes, numbers from 0 to 255: an English letter is one, an é two, an emoji
+# four. The 256 bytes can write any text, but long, and a model reads only so many tokens at once.
+# Byte-pair encoding makes a new token of the most frequent pair of neighbours, and repeats this
+# until the vocabulary is large enough: GPT-2's has the 256 bytes, 50,000 merged pairs, and
+# <|endoftext|>. That one ends each document of the training text. When the model writes it, the
+# text is over; in place of an empty prompt it means "begin a new text". Merging never crosses the
+# border of a word, or "dog.", "dog!" and "dog?" would each become a token. "I'd say 42!" is cut
+# into the words
+#     "I"  "'d"  " say"  " 42"  "!"                     a space goes with the word behind it
+# Source: GPT-2 paper, section 2.2; src/encoder.py.
+END_OF_TEXT = "<|endoftext|>"
+WORDS = (  # a regular expression; \p{L} is any letter, \p{N} any digit
+    r"'(?:s|t|re|ve|m|ll|d)|"  # the ends of it's, don't, we're, I've, I'm, we'll, I'd
+    r" ?\p{L}+| ?\p{N}+|"  # letters or digits, with the space before them
+    r" ?[^\s\p{L}\p{N}]+|"  # other signs
+    r"\s+(?!\S)|\s+"  # spaces and line ends, but for the last one before a word
+)
 
 
 def train_bpe(text, vocab_size):
-    """Learn {bytes: rank}: the 256 bytes, then again and again the most frequent pair of neighbours
-    until there are vocab_size (ValueError below 256). Source: Sennrich et al. 2016, algorithm 1."""
-    require(vocab_size >= 256, f"a vocabulary of {vocab_size} tokens can't hold the 256 bytes")
-    tokens = [bytes([b]) for b in range(256)]
-    # WORDS for the standard library, which has no \p: a letter is a \w that is no digit and no _.
-    runs = re.findall(r"'(?:[stmd]|re|ve|ll)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s", text)
-    counts = collections.Counter(word.encode().decode("latin-1") for word in runs)  # byte n: chr(n)
-    while len(tokens) < vocab_size:
-        pairs = collections.Counter()  # recounted for each merge
-        for word, count in counts.items():
-            for pair in itertools.pairwise(word):
+    """Learn {token as bytes: its rank}: the 256 bytes, then merged pairs, vocab_size in all.
+    Fewer if the text has no more pairs; below 256 is a UserError. An example is the text " hug hug
+    hugs pug", with the words " hug" (twice), " hugs" and " pug":
+
+        the most frequent pair   u g, 4 times       is token 256, "ug"      the words begin with
+        then                     space h, 3 times   is token 257, " h"      " h" "ug", " p" "ug"
+        then                     " h" "ug", 3       is token 258, " hug"    " hug", " p" "ug"
+
+    A new text is cut likewise, into words and bytes, and in each word the pair that was learned
+    first is merged first: " hugging" becomes " hug" g i n g. Source: Sennrich et al. 2016, "Neural
+    Machine Translation of Rare Words with Subword Units", algorithm 1."""
+    if vocab_size < 256:
+        raise UserError(f"a vocabulary of {vocab_size} tokens can't hold the 256 bytes")
+    # Python's re has no \p: there, a letter is a \w that is neither a digit nor an underscore.
+    pattern = WORDS.replace(r"[^\s\p{L}\p{N}]", r"(?:[^\s\w]|_)")
+    pattern = pattern.replace(r"\p{L}", r"[^\W\d_]").replace(r"\p{N}", r"\d")
+    words = collections.Counter()  # {a word as a tuple of tokens: how often it occurs}
+    for word in re.findall(pattern, text):
+        words[tuple(bytes([byte]) for byte in word.encode("utf-8"))] += 1
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    while len(ranks) < vocab_size:
+        pairs = collections.Counter()
+        for word, count in words.items():
+            for pair in itertools.pairwise(word):  # each token with the next
                 pairs[pair] += count
         if not pairs:
             break
-        left, right = max(pairs, key=pairs.get)  # of equals the first met
-        counts = {word.replace(left + right, chr(len(tokens))): n for word, n in counts.items()}
-        tokens.append(tokens[ord(left)] + tokens[ord(right)])
-    return {token: rank for rank, token in enumerate(tokens)}
+        pair = max(pairs, key=pairs.get)  # of equally frequent ones, the first in the text
+        ranks.setdefault(pair[0] + pair[1], len(ranks))
+        words = {merge_pair(word, pair): count for word, count in words.items()}
+    return ranks
 
 
-# The target is the input shifted by one: every place has the token that follows as its answer. With
-# a stride below the context a token is trained at several positions, else always at the same one.
-#     tokens      I  HAD  always  thought  Jack  Gis  burn       context 4, stride 2
-#     window 1            always  thought  Jack  Gis             its target: thought Jack Gis burn
+def merge_pair(word, pair):
+    """The tokens of a word, with each occurrence of the pair made one: h u g -> h ug."""
+    merged = [word[0]]
+    for token in word[1:]:
+        if (merged[-1], token) == pair:
+            merged[-1] += token
+        else:
+            merged.append(token)
+    return tuple(merged)
+
+
+def load_tokenizer(name=None, text=None):
+    """GPT-2's tokenizer (name "gpt2"), or one of N tokens that is learned from the text (name N).
+    tiktoken downloads GPT-2's vocabulary when it is first used. Where that fails and no name was
+    given, 1,024 tokens are learned from the text, and a line says so. Else it is a UserError."""
+    if name in (None, "gpt2"):
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except (OSError, ValueError) as error:  # no network, or not the file that was expected
+            problem = f"GPT-2's vocabulary can't be downloaded ({type(error).__name__})"
+        if name == "gpt2" or text is None:
+            raise UserError(f"{problem}; go online, or set TIKTOKEN_CACHE_DIR to where it is")
+        show(f"{problem}; 1,024 tokens are learned from the text instead")
+        name = 1024
+    if text is None or not str(name).isdecimal() or int(name) < 257:
+        raise UserError(f"the tokenizer is {name}; it is gpt2 or, for a text, a number from 257 up")
+    return make_tokenizer("learned", train_bpe(text, int(name) - 1))
+
+
+# A window is context_length tokens of the text, the input, and the same moved on by one, the
+# target: at each position, the token that comes next. With a context of 4 and a stride of 2, the
+# distance from one window to the next, the first two windows are
+#
+#     text               I     HAD      always    thought   Jack     Gis     burn
+#     window 0, input    I     HAD      always    thought
+#               target   HAD   always   thought   Jack
+#     window 1, input                   always    thought   Jack     Gis
+#               target                  thought   Jack      Gis      burn
+#
+# When the stride is below the context, windows overlap, and a token is learned at several
+# positions, with more and with less text before it. Else it is known at one position only.
 class SlidingWindows(Dataset):
-    """Item i is (input, target), int64 (context_length,) each, read from token i * stride on."""
+    """Item i is (input, target), each int64 (context_length,), from token i * stride on.
+    tokens: a tensor, an array or a numpy.memmap, of which only the item's part is read."""
 
-    def __init__(self, tokens, context_length, stride, vocab_size=math.inf):
-        self.tokens, self.context_length = tokens, context_length
-        self.stride, self.vocab_size = stride, vocab_size
+    def __init__(self, tokens, context_length, stride):
+        self.tokens = tokens
+        self.context_length = context_length
+        self.stride = stride
 
     def __len__(self):
+        # -1 for the last target. 1,000 tokens, context 64, stride 32: 935 // 32 + 1 = 30.
         return max(0, (len(self.tokens) - self.context_length - 1) // self.stride + 1)
 
     def __getitem__(self, i):
-        at = range(len(self))[i] * self.stride  # IndexError after the last
-        window = np.asarray(self.tokens[at : at + self.context_length + 1]).astype(np.int64)
-        known = window.max() < self.vocab_size  # else the embedding would fail, or worse
-        require(known, f"token {window.max()} in the data, the vocabulary has {self.vocab_size}")
+        if not 0 <= i < len(self):
+            raise IndexError(f"window {i} of {len(self)}")
+        start = i * self.stride
+        window = np.asarray(self.tokens[start : start + self.context_length + 1]).astype(np.int64)
         return torch.from_numpy(window[:-1]), torch.from_numpy(window[1:])
-
-
-def read_data(options, tokenizer, config):
-    """The windows to train on, and batches of windows, from the end of the data, to validate."""
-    path, most, V = options.data, config.context_length, config.vocab_size
-    if path.endswith(".bin"):
-        size = os.path.getsize(path)
-        require(size and size % 2 == 0, f"{path} has {size} bytes, tokens have two each")
-        tokens = np.memmap(path, dtype="<u2", mode="r")
-    else:
-        tokens = tokenizer.encode_to_numpy(Path(path).read_text("utf-8"), allowed_special="all")
-    context, held_out = options.context or most, int(len(tokens) * options.val_fraction)
-    cut = len(tokens) - held_out  # what comes after it is for validation
-    require(context <= most, f"--context {context} is more than the model's window of {most}")
-    windows = SlidingWindows(tokens[:cut], context, options.stride or max(1, context // 2), V)
-    require(len(windows) > 0, f"{path}: {cut} tokens to train on, {context + 1} are needed")
-    short = max(1, min(context, held_out - 1))  # a short part, a shorter window; 64 of them will do
-    validation = SlidingWindows(tokens[cut:], short, max(short, held_out // 64), V)
-    return windows, DataLoader(validation, options.batch_size)
 
 
 # ==================================================================================================
 # 5 Training
-# One step: read a batch of windows, measure the loss, let autograd find how it changes with each
-# parameter (the gradient), and move every parameter a little against it. AdamW (Loshchilov and
-# Hutter 2019) divides the mean of a parameter's last gradients by their root mean square: all move
-# by about the learning rate. The rate rises at first (warm-up), while those means rest on too few
-# gradients to be trusted, then falls along half a cosine: large steps to get near, small to settle.
-# Everything random is a function of (seed, step) or (seed, epoch), so that none of it needs saving.
-# Time a token: a multiply-add is 2 operations, backward 4 (for both factors): 6N for N weights, in
-# attention 12 n_layer C T: 0.775 GFLOP in 124M, T = 256. 365 tokens/s are 283 GFLOP/s, 70% of what
-# our two cores can. Memory: 16 bytes a parameter (it, its gradient, AdamW's two means), here 2 GB;
-# then what backward needs of each layer: logits alone are 4 B T V bytes, 0.4 GB with B 8, T 256.
-# bfloat16 rounds what products read, for speed; weights, gradients, AdamW's means and loss stay
-# float32. Accumulation reads a batch in parts, if memory is short: their gradients, each divided
-# by the number of parts, add up. Processes hold a model each, alike, as all take the mean gradient.
-def save_checkpoint(path, model, tokenizer, training_state=None):
-    """Write all that is needed to go on; a kill leaves the previous file or this one."""
-    content = {"format": 1, "config": asdict(model.config), "weights": model.state_dict()}
-    ranks = tokenizer._mergeable_ranks
-    tokens = " ".join(token.hex() for token in sorted(ranks, key=ranks.get))  # loads fast as text
-    content["tokenizer"] = (tokenizer.name, tokens, tokenizer.eot_token)
-    try:
-        with open(f"{path}.tmp", "wb") as file:
-            torch.save(content | {"training_state": training_state}, file)
-            file.flush()  # Python's buffer
-            os.fsync(file.fileno())  # first on the disk, then under its name
-        os.replace(f"{path}.tmp", path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        Path(f"{path}.tmp").unlink(missing_ok=True)
-        raise OSError(f"can't write {path} ({error}); what was there before still is") from error
-
-
-def load_checkpoint(path, **changes):
-    """(model, tokenizer, training_state or None), checked, then mapped; `changes` to the config."""
-    require(os.path.isfile(path), f"there is no file {path}; train first, or name another")
-    try:
-        with zipfile.ZipFile(path) as archive:  # it has checksums, which torch.load doesn't look at
-            require(archive.testzip() is None, "a checksum differs")
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        require(content["format"] == 1, f"its format is {content['format']}, not 1")
-        with torch.device("meta"):  # shapes without memory: the file's tensors take their places
-            model = GPT(GPTConfig(**content["config"] | changes)).eval()
-        model.load_state_dict(content["weights"], assign=True)
-        name, tokens, end_of_text = content["tokenizer"]
-        ranks = {bytes.fromhex(token): rank for rank, token in enumerate(tokens.split())}
-        return model, make_tokenizer(name, ranks, end_of_text), content["training_state"]
-    except Exception as error:
-        raise ValueError(f"{path} is damaged or not a checkpoint of gpt.py ({error})") from error
+# All that a GPT knows, it has learned by repeating five lines, each time with another batch:
+#
+#     loss = cross_entropy(model(inputs), targets)   forward: how badly does it predict this batch?
+#     loss.backward()                                the gradient: how would a small change of each
+#                                                    parameter change the loss?
+#     clip_grad_norm_(model.parameters(), 1.0)       shorten the gradient if it is unusually long
+#     optimizer.step()                               move each parameter a bit against its gradient
+#     optimizer.zero_grad()                          forget the gradient
+#
+# The optimizer is AdamW (Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization"). For
+# each parameter it keeps two numbers: the running mean of its gradients, and that of their squares.
+# A step moves the parameter by the learning rate times the first, divided by the root of the
+# second. So each moves by about the learning rate, whether its gradients are large or tiny, and one
+# whose gradients keep changing sign hardly moves. Weight decay, the W, also pulls matrices and
+# embeddings towards 0 in each step: a weight stays large only if the data keeps asking for it.
+# Biases and LayerNorms' weights are left alone: they are few, and a LayerNorm's weight is near 1.
+def make_optimizer(model, weight_decay):
+    """AdamW. betas, how much of its two means stays in a step, let them span about 10 and 20 steps.
+    Source: Brown et al. 2020, "Language Models are Few-Shot Learners", appendix B."""
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
 
 
 def learning_rate(step, options):
-    """The learning rate of step 0, 1, ..., steps - 1: up to the highest, down to a tenth."""
-    if step < options.warmup:
-        return options.learning_rate * (step + 1) / options.warmup
-    done = (step + 1 - options.warmup) / (options.steps - options.warmup)  # 1 in the last step
-    return options.learning_rate * (0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2)
+    """The learning rate of step 1, 2, ..., options.steps. Source: Brown et al. 2020, appendix B.
+    In the first --warmup steps it rises evenly, from --learning-rate / --warmup to --learning-rate:
+    AdamW's means rest on few gradients then, and full steps would go astray. After that it falls
+    along half a cosine to a tenth: large steps get near a minimum of the loss, small ones settle.
+    """
+    if step <= options.warmup:
+        return options.learning_rate * step / options.warmup
+    done = (step - options.warmup) / (options.steps - options.warmup)  # 1 in the last step
+    cosine = (1 + math.cos(math.pi * done)) / 2  # falls from 1 to 0
+    return options.learning_rate * (0.1 + 0.9 * cosine)
 
 
-def make_optimizer(model, decay):
-    """AdamW, betas of GPT-3. Decay keeps matrices and embeddings small; gains belong near 1."""
-    vectors = {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0}
-    matrices = {"params": [p for p in model.parameters() if p.dim() > 1]}
-    return torch.optim.AdamW([matrices, vectors], weight_decay=decay, betas=(0.9, 0.95), fused=True)
+# Clipping. Now and then a batch is so unusual that its gradient is many times as long as others,
+# and one step along it can undo hundreds. A gradient whose norm, the root of the sum of its squared
+# numbers, exceeds --clip is scaled down to it (Pascanu et al. 2013, "On the difficulty of training
+# recurrent neural networks").
+#
+# Accumulation. backward() adds to the gradients that are there. So a batch that the memory can't
+# hold is read in micro-batches: with each loss divided by their number, the gradients add up to
+# that of the whole batch. --batch-size 4 --accumulate 2 takes the steps of --batch-size 8, with
+# half the memory for what forward keeps, in somewhat more time.
+#
+# 16 bits. GPUs multiply 16-bit numbers many times as fast as 32-bit ones. Under autocast, PyTorch
+# rounds what goes into matrix products to 16 bits; parameters, their gradients, AdamW's means and
+# the loss stay in float32 (Micikevicius et al. 2018, "Mixed Precision Training"). bfloat16 is
+# float32 with fewer digits. float16 has more digits but a smaller range, and a gradient passes the
+# products as float16 on its way back to the parameters: below 3e-8 it would become 0. So a scaler
+# multiplies the loss, and with it every gradient, by a large number, and divides the parameters'
+# gradients by it before clipping. If one is infinite, the scaler leaves out that step and halves
+# its number.
+#
+# Several processes, one for each GPU, have the same model and optimizer and read different windows.
+# In the last micro-batch's backward, DistributedDataParallel replaces the gradients of each process
+# by their mean over all of them. So all take the same step, and their models stay the same.
+def training_step(model, batches, optimizer, scaler, autocast, clip):
+    """One step of the optimizer, on one or more micro-batches -> (loss, norm of the gradient)."""
+    total = 0.0
+    for number, (inputs, targets) in enumerate(batches, start=1):
+        model.require_backward_grad_sync = number == len(batches)  # the mean over processes now?
+        with autocast:
+            loss = cross_entropy(model(inputs), targets) / len(batches)
+        scaler.scale(loss).backward()
+        total += loss.detach()
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    if WORLD_SIZE > 1:
+        torch.distributed.all_reduce(total)  # the sum over all processes
+    return total.item() / WORLD_SIZE, norm.item()
 
 
-def shuffled(n, seed, first, block=1 << 20):
-    """Window numbers without end, from `first` on; each epoch (pass) shuffles each block anew."""
-    for i in itertools.count(first):
-        epoch, place = divmod(i, n)
-        begin, at = place // block * block, place % block
-        if i == first or at == 0:
-            generator = torch.Generator().manual_seed(hash((seed, epoch, begin)))
-            order = torch.randperm(min(block, n - begin), generator=generator)
-        yield begin + int(order[at])
-
-
-@torch.no_grad()
-def evaluate(model, batches, device):
-    """Mean loss over the windows in these batches."""
-    model.eval()
-    losses = [(cross_entropy(model(x.to(device)), y.to(device)).item(), len(x)) for x, y in batches]
-    model.train()
-    return sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
-
-
-def summarise(out):
-    """Show the course of a run as sparklines, where its results are, what to try with them."""
-    log = np.genfromtxt(out / "log.csv", delimiter=",", skip_header=1, ndmin=2)
-    for name, column in (("training", log[:, 1]), ("validation", log[:, 2])):
-        if len(losses := column[~np.isnan(column)]):
-            points = [part.mean() for part in np.array_split(losses, min(40, len(losses)))]
-            heights = 7.99 * (points - min(points)) / (np.ptp(points) or 1)
-            line = "".join("▁▂▃▄▅▆▇█"[int(height)] for height in heights)
-            progress(f"{name:>10} {losses[0]:6.3f} {line} {losses[-1]:.3f}, best {min(losses):.3f}")
-    progress(f"Where validation rises, text is memorised: {out}/best.pt, if any, is from before.")
-    progress(f"Try: python gpt.py sample --checkpoint {out}/checkpoint.pt --temperature 0")
-
-
-def prepare(name, dtype):
-    """The torch.device and torch.dtype of these names. On a CPU, two settings halve a step's time:
-    glibc keeps freed buffers, oneDNN multiplies float32 (it does only if bfloat16 is allowed)."""
-    here = ["cpu"] + ["mps"] * torch.backends.mps.is_available()
-    here += ["cuda"] * torch.cuda.is_available()
-    require(name in ("auto", *here), f"--device {name} is not there, only {', '.join(here)}")
-    device = torch.device(here[-1] if name == "auto" else name)
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # each process its own
-        if dtype == "auto":  # GPUs from before 2020 have float16 only
-            dtype = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
-    if device.type == "cpu":
-        with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
-            for pair in ((-3, 1 << 25), (-3, 1 << 30), (-1, (1 << 31) - 1)):
-                ctypes.CDLL(None).mallopt(*pair)  # M_MMAP_ (or 32 MB, if older), M_TRIM_THRESHOLD
-        products, x = torch.backends.mkldnn.matmul, torch.rand(512, 512)
-        before, products.fp32_precision = products.fp32_precision, "bf16"  # oneDNN, not MKL
-        if not torch.equal(x @ torch.eye(512), x):
-            products.fp32_precision = before  # a processor with AMX would really round
-    return device, getattr(torch, "float32" if dtype == "auto" else dtype)
-
-
-def start(given, world):
-    """A run, new or resumed -> (options, model, tokenizer, state)."""
-    options, state = Options("train", **given), {"step": 0, "best_val_loss": math.inf}
-    state["log"] = "step,train_loss,val_loss,learning_rate,tokens_per_second\n"
-    options.data = os.path.abspath(options.data or Path(__file__).with_name("the-verdict.txt"))
-    if options.resume:
-        model, tokenizer, state = load_checkpoint(Path(options.out, "checkpoint.pt"))
-        require(state, f"{options.out}/checkpoint.pt has weights alone, nothing to resume")
-        fixed = ", ".join(given.keys() - {name for name, *_ in Options.table("resume")})
-        require(not fixed, f"a resumed run keeps its {fixed}; leave that out, or start anew")
-        options = Options("train", **state["options"] | given | {"out": options.out})
-        done, batch = state["step"], state["batch"]
-        if "accumulate" not in given:  # follows from the number of processes
-            options.accumulate = max(1, batch // (options.batch_size * world))
-        now = options.batch_size * options.accumulate * world
-        require(now == batch, f"batch size x accumulate x processes is {now}, it must stay {batch}")
-        require(options.steps >= done, f"--steps is {options.steps}, but {done} are done already")
-        return options, model, tokenizer, state
-    changes = {"dropout": options.dropout, "fused": not options.from_scratch}
-    shape = {name: given[name] for name in ("n_layer", "n_head", "n_embd") if name in given}
-    if options.gpt2:
-        clash = ", ".join(given.keys() & {"size", "tokenizer", *shape})
-        require(not clash, f"--gpt2 brings its own {clash}; leave out one of the two")
-        folder = Path(options.gpt2_folder, options.gpt2)
-        require(world == 1 or (folder / "model.pt").exists(), "first run sample --gpt2 by itself")
-        download_gpt2(options.gpt2, folder, options.gpt2_url)  # section 7
-        model, tokenizer = load_gpt2(folder, **changes)
-        for weight in model.parameters():
-            weight.data = weight.data.contiguous()  # row by row: an eighth faster to train
-        return options, model, tokenizer, state
-    text = None if options.data.endswith(".bin") else Path(options.data).read_text("utf-8")
-    tokenizer = load_tokenizer(options.tokenizer, options.gpt2_folder, text)
-    config = replace(SIZES[options.size], vocab_size=tokenizer.n_vocab, **shape, **changes)
-    config = replace(config, context_length=options.context or config.context_length)
-    torch.manual_seed(options.seed)  # for the initial parameters
-    return options, GPT(config), tokenizer, state
-
-
-def train(**given):
-    """Train a new GPT, or OpenAI's further; -> the model, ValueError or OSError for a mistake."""
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    options, model, tokenizer, state = start(given, world)
-    out, (device, dtype) = Path(options.out), prepare(options.device, options.dtype)
-    windows, val_batches = read_data(options, tokenizer, model.config)
-    if world > 1:  # one process of several, which torchrun has started and numbered
-        torch.distributed.init_process_group()  # nccl between GPUs, gloo between CPUs
-    optimizer = make_optimizer(model.to(device).train(), options.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # gradients * 2^n
+# Time. For each token, each of N weights takes part in one multiplication and one addition: 2
+# operations. backward does that twice more, for the gradients of the weight and of its input: 6 N
+# in all. In each layer, attention adds 2 T C operations for a token's scores, as many for the mean
+# of the values, and twice that in backward: 12 n_layer T C. For 124M with T = 1,024 this makes 0.75
+# and 0.11 billion operations a token: nearly all are spent on the weights.
+#
+# Memory. A parameter takes 16 bytes: itself, its gradient, and AdamW's two numbers, 2 GB in all for
+# 124M. The rest is what forward keeps for backward, in proportion to B T. The logits alone are
+# 4 B T V bytes, 206 MB for a window of 1,024 tokens.
+def train(options, run=None):
+    """Train a GPT and return it. options: those of the command line (section 8); run: (model,
+    tokenizer, state) of resumed_run(), or None for a new run. A user's mistake is a UserError."""
+    device, dtype = choose_device(options)
+    model, tokenizer, state = run or new_run(options)
+    place(model, device, torch.float32).train()
+    windows, validation = read_data(options, tokenizer, model)
+    optimizer = make_optimizer(model, options.weight_decay)
+    means = {"state": state["optimizer"]}  # of a resumed run; all else is as the options are now
+    optimizer.load_state_dict(optimizer.state_dict() | means)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    if options.resume:
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"] or scaler.state_dict())
-    parallel = torch.compile(model) if options.compile else model  # spelt out as fast as fused
-    parallel = nn.parallel.DistributedDataParallel(parallel) if world > 1 else parallel
-    first, batch = state["step"], options.batch_size * options.accumulate * world  # windows a step
-    order = itertools.islice(shuffled(len(windows), options.seed, first * batch), rank, None, world)
-    pinned = device.type == "cuda"  # from pinned memory: no wait until a batch has gone over
-    batches = iter(DataLoader(windows, options.batch_size, sampler=order, pin_memory=pinned))
-    if rank == 0:
-        if not options.resume and any((out / f"{n}.pt").exists() for n in ("checkpoint", "best")):
-            free = (p for n in itertools.count(1) if not (p := Path(f"{out}.{n}")).exists())
-            progress(f"{out} held an earlier run, which is now in {out.rename(next(free))}")
-        out.mkdir(parents=True, exist_ok=True)
-        log = open(out / "log.csv", "w", buffering=1)  # noqa: SIM115  buffered by lines
-        log.write(state["log"])  # what a killed run wrote after its checkpoint is written again
-        size = sum(parameter.numel() for parameter in model.parameters())
-        progress(f"{size:,} parameters learn from {len(windows):,} windows, on {device} in {dtype}")
-    begun, signals, stop, rows = time.perf_counter(), [], 0, [state["log"]]
-    with contextlib.ExitStack() as afterwards:
-        for s in (signal.SIGINT, signal.SIGTERM):  # noted, and obeyed when the step is done
-            afterwards.callback(signal.signal, s, signal.signal(s, lambda n, _: signals.append(n)))
-        for done in range(first + 1, options.steps + 1):
-            started, last = time.perf_counter(), done == options.steps
-            torch.manual_seed(hash((options.seed, done, rank)))  # dropout draws from this
-            loss = torch.zeros((), device=device)
-            for micro in range(1, options.accumulate + 1):  # gradients add up
-                inputs, targets = (t.to(device, non_blocking=True) for t in next(batches))
-                parallel.require_backward_grad_sync = micro == options.accumulate  # then averaged
-                with autocast:
-                    part = cross_entropy(parallel(inputs), targets) / options.accumulate
-                scaler.scale(part).backward()
-                loss += part.detach()
-            scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), options.clip)
-            shared = torch.stack((loss / world, norm / world, loss.new_tensor(len(signals))))
-            if world > 1:  # all processes have to agree on the loss, and whether to stop
-                torch.distributed.all_reduce(shared)
-            loss, norm, stop = shared.tolist()
-            finite = math.isfinite(loss) and (math.isfinite(norm) or scaler.is_enabled())
-            require(finite, f"step {done}: loss {loss}, gradient {norm}; lower --learning-rate")
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(done - 1, options)
-            scaler.step(optimizer)  # not, if it finds a gradient that isn't finite
-            scaler.update()  # a smaller factor after an overflow, in time a larger one
-            optimizer.zero_grad()  # sets them to None: the next backward pass makes them anew
-            speed = batch * windows.context_length / (time.perf_counter() - started)
-            if rank == 0:
-                line, measured = f"step {done}/{options.steps}  loss {loss:.3f}", ""
-                if len(val_batches) and (last or done % options.eval_every == 0):
-                    val_loss = autocast(evaluate)(model, val_batches, device)
-                    line, measured = f"{line}  val {val_loss:.3f}", f"{val_loss:.9g}"
-                    if val_loss < state["best_val_loss"]:
-                        state["best_val_loss"] = val_loss
-                        save_checkpoint(out / "best.pt", model, tokenizer)
-                rows.append(f"{done},{loss:.9g},{measured},{group['lr']:.9g},{speed:.0f}\n")
-                log.write(rows[-1])
-                left = int((time.perf_counter() - begun) / (done - first) * (options.steps - done))
-                line += f"  {speed:,.0f} tokens/s  {left // 60}:{left % 60:02} left"
-                progress(line, keep=last or measured or done % options.sample_every == 0)
-                if last or stop or done % options.save_every == 0:
-                    state |= {"step": done, "options": vars(options), "batch": batch}
-                    state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-                    state["log"] = "".join(rows)
-                    save_checkpoint(out / "checkpoint.pt", model, tokenizer, state)
-                if last or done % options.sample_every == 0:
-                    prompt = tokenizer.encode(options.prompt, allowed_special="all")
-                    prompt = torch.tensor([prompt or [tokenizer.eot_token]], device=device)
-                    added = generate(model.eval(), prompt, 40, temperature=0)  # section 6
-                    print(options.prompt + tokenizer.decode([*map(int, added)]), flush=True)
-                    model.train()  # dropout on again
-            if stop:
-                break
-        if world > 1:
-            torch.distributed.barrier()  # one may still be saving
-            del parallel  # it holds on to the group, whose threads have to end before Python does
-            gc.collect()
-            torch.distributed.destroy_process_group()
-    if stop:
-        progress(f"stopped after step {done}, saved; go on with --resume")
-        raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
-    if rank == 0:
-        summarise(out)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    if state["scaler"]:
+        scaler.load_state_dict(state["scaler"])
+    learner = nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
+    if options.compile:
+        learner = torch.compile(learner)
+    batch = options.batch_size * options.accumulate * WORLD_SIZE  # windows of a step
+    log = open_log(options.out, state["step"]) if RANK == 0 else None
+
+    for step in range(state["step"] + 1, options.steps + 1):
+        started = time.perf_counter()
+        # What is random in a step depends on the seed and the step alone, not on what was drawn
+        # before: a resumed run draws the same windows and the same dropout as one that was never
+        # stopped. Windows are drawn with replacement. Of N processes, each reads every N-th.
+        draw = np.random.default_rng((options.seed, step))
+        numbers = draw.integers(len(windows), size=batch)[RANK::WORLD_SIZE]
+        torch.manual_seed(int(draw.integers(2**62)) + RANK)  # for dropout
+        batches = read_batches(windows, numbers, options.batch_size, model)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, options)
+        loss, norm = training_step(learner, batches, optimizer, scaler, autocast, options.clip)
+        # An infinite gradient is left out by float16's scaler, which ends up below 1 if all are.
+        left_out = scaler.is_enabled() and scaler.get_scale() >= 1
+        if not math.isfinite(loss) or not (math.isfinite(norm) or left_out):
+            raise UserError(f"step {step}: loss {loss}, gradient {norm}; lower --learning-rate")
+        if RANK > 0:
+            continue  # the first process does the rest; the others wait for it in their next step
+
+        took = time.perf_counter() - started
+        last = step == options.steps
+        val_loss = None
+        if validation and (last or step % options.eval_every == 0):
+            val_loss = evaluate(model, validation, autocast)
+            if val_loss < state["best_val_loss"]:  # best on unseen text: before learning by heart
+                state["best_val_loss"] = val_loss
+                save_checkpoint(Path(options.out, "best.pt"), model, tokenizer)
+        report(log, options, step, loss, val_loss, batch * windows.context_length, took)
+        if last or step % options.save_every == 0:
+            state |= {"step": step, "options": vars(options), "scaler": scaler.state_dict()}
+            state |= {"optimizer": optimizer.state_dict()["state"], "batch": batch}
+            # best.pt is only a model; this also has the state from which the run can go on.
+            save_checkpoint(Path(options.out, "checkpoint.pt"), model, tokenizer, state)
+            write_text(model.eval(), tokenizer, options.prompt, 40, temperature=0)
+            model.train()
+    if RANK == 0:
+        close_log(log, options, state)
     return model
 
 
 # ==================================================================================================
 # 6 Decoding
-# Three dials shape what is drawn. Temperature divides the logits: below 1 the probable becomes more
-# so, 0 takes the best. Top-k leaves the k most probable tokens (Fan et al. 2018), top-p the fewest
-# that reach p in sum (Holtzman et al. 2020). Temperature moves sums, not the top k: so it's first.
+# Text drawn by the model's own probabilities has blunders in it: each of thousands of unfit tokens
+# is improbable, but together they are drawn now and then. Three settings help. Temperature divides
+# the logits. As p is exp(logit) up to a factor, this raises p to the power 1 / temperature: below 1
+# the probable becomes more probable, and 0 stands for taking the most probable token (greedy).
+# Top-k keeps the k most probable tokens (Fan et al. 2018, "Hierarchical Neural Story Generation").
+# Top-p keeps the most probable ones until their sum reaches p: few where the model is sure, many
+# where it is not (Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration"). What is
+# kept is divided by its sum. Temperature doesn't change which k tokens are the most probable, but
+# it does change the sums that top-p looks at, so it has to come before top-p. For example:
+#     four tokens have the probabilities            0.40  0.30  0.20  0.10
+#     temperature 0.5: squared, divided by 0.30     0.53  0.30  0.13  0.03
+#     top-k 3: the last is dropped                  0.55  0.31  0.14  0
+#     top-p 0.8: one is too few, two have 0.86      0.64  0.36  0     0
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """Draw the next token of each row: logits (B, V) -> int64 (B,). Ties at place k all stay."""
-    if temperature < 1e-6:  # greedy: what is drawn from ever lower temperatures
-        return logits.argmax(-1)
+    """Draw the next token of each row: logits (B, V) -> int64 (B,). generator: a torch.Generator.
+    If several tokens tie at the k-th place, all of them are kept, as in OpenAI's src/sample.py."""
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"temperature is {temperature}; it must be 0 or more")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"top_k is {top_k}; it must be 1 or more")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"top_p is {top_p}; it must be above 0 and at most 1")
+    if temperature < 1e-6:  # 0, or so near that a division by it might overflow
+        return logits.argmax(dim=-1)
     logits = logits.float() / temperature  # (B, V)
     if top_k is not None and top_k < logits.shape[-1]:
-        kth = logits.topk(top_k).values[:, -1:]  # (B, 1), found without sorting V numbers
-        logits = logits.masked_fill(logits < kth, -math.inf)
-    probabilities = torch.softmax(logits, -1)  # (B, V)
+        kth_largest = logits.topk(top_k).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < kth_largest, -math.inf)
+    probabilities = torch.softmax(logits, dim=-1)  # (B, V)
     if top_p is not None and top_p < 1:
-        ordered, tokens = probabilities.sort(descending=True)
-        before = ordered.cumsum(-1) - ordered  # mass of the more probable; 0 for the first
-        probabilities.scatter_(-1, tokens, ordered.masked_fill(before >= top_p, 0))
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+        ordered, tokens = probabilities.sort(dim=-1, descending=True)
+        sum_before = ordered.cumsum(dim=-1) - ordered  # of all that are more probable
+        ordered = ordered.masked_fill(sum_before >= top_p, 0.0)
+        probabilities = probabilities.scatter(-1, tokens, ordered)  # back to the tokens' places
+    return torch.multinomial(probabilities, num_samples=1, generator=generator).squeeze(-1)
 
 
-# A full window can't drop one token: all positions, so all keys and values, would change. So half
-# goes, and a reread is rare: [ a b c d e f g h ] + i -> [ f g h i . . . . ], then room for 4 more.
-# Each token reads every weight once: in 124M 0.5 GB, 11 ms at 44 GB/s; measured 20, 15 in products.
-def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos=None,
-             seed=None, use_cache=True, samples=1):  # fmt: skip
-    """Yield the next token of each row, int64 (B * samples,), `samples` for each of prompt (B, T).
-    After eos comes eos, until all rows are there. ValueError for logits that aren't finite."""
-    context, device = model.config.context_length, prompt.device
-    generator = torch.Generator(device)
-    generator.seed() if seed is None else generator.manual_seed(seed)
-    window = prompt[:, -context:]  # (B, T)
-    length, dtype = min(context, window.shape[1] + max_new_tokens), model.final_norm.weight.dtype
-    cache = KVCache(model.config, len(prompt), length, device, dtype) if use_cache else None
-    ended = torch.zeros(samples * len(prompt), dtype=torch.bool, device=device)
-    for n in range(max_new_tokens):
+# When a text has grown by one token, this token attends to the keys and values of all before it.
+# Thanks to the mask these never depended on later tokens, so they are exactly what they were: they
+# are kept in a cache, and only the new token, one row, goes through the blocks. A query is used by
+# its own token alone, once, and is not kept. The cache takes 2 n_layer C numbers a token: for 124M,
+# in float32, 72 KiB, and 72 MiB for a full window.
+#
+# Every new token needs every weight, read from memory for two operations with a single row. So
+# memory bounds the speed of decoding, and weights of half the size make it nearly twice as fast. In
+# training, a weight that was read serves all B T rows of a batch: arithmetic bounds that.
+class KVCache:
+    """The keys and values of `length` tokens, in buffers that are made once.
+    They are float32 also beside 16-bit weights: they are much fewer, and a CPU sums float32 faster.
+    """
+
+    def __init__(self, config, batch_size, length=None, device=None):
+        room = length or config.context_length
+        shape = (config.n_layer, batch_size, config.n_head, room, config.n_embd // config.n_head)
+        self.keys = torch.empty(shape, dtype=torch.float32, device=device)
+        self.values = torch.empty(shape, dtype=torch.float32, device=device)
+        self.length = 0  # GPT.forward counts it up when all layers have added theirs
+
+    def extend(self, layer, k, v):
+        """Append new keys and values (B, H, T, D) of a layer; returns all of them (B, H, S, D)."""
+        end = self.length + k.shape[2]
+        if end > self.keys.shape[3]:
+            raise UserError(f"{end} tokens don't fit a cache for {self.keys.shape[3]}")
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+# A full window has no position for one more token, and it can't drop just its first one: all others
+# would move to new positions, and need new keys and values. So it drops half. The newest
+# context_length / 2 tokens, the new one included, are read afresh at positions 0, 1, ...; then
+# there is room for as many again, and on average a token costs hardly more. With a context of 8:
+#     [ a b c d e f g h ] + i     becomes     [ f g h i . . . . ]
+def generate(
+    model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos=None, seed=None
+):
+    """Yield the next token of each row, int64 (B,), up to max_new_tokens times.
+    prompt: int64 (B, T), of which the newest context_length tokens are read. A row that has
+    produced
+    eos goes on with eos; when all rows have, it ends. seed None: another text each time."""
+    context_length = model.config.context_length
+    if prompt.dim() != 2 or prompt.numel() == 0:
+        raise UserError(
+            f"the prompt's shape is {tuple(prompt.shape)}; it must be (B, T), not empty"
+        )
+    generator = torch.Generator(prompt.device)
+    generator.manual_seed(generator.seed() if seed is None else seed)
+    window = prompt[:, -context_length:]  # (B, T)
+    room = min(context_length, window.shape[1] + max_new_tokens)
+    cache = KVCache(model.config, len(prompt), length=room, device=prompt.device)
+    ended = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
+    for _ in range(max_new_tokens):
         with torch.inference_mode():
-            if window.shape[1] > context:
-                window = window[:, -max(1, context // 2) :]
-                if cache:
-                    cache.length = 0
-            logits = model(window[:, cache.length :] if cache else window, cache, last=True)[:, -1]
-            if n == 0 and samples > 1:
-                window, logits = (x.repeat_interleave(samples, 0) for x in (window, logits))
-                for pair in cache.layers if cache else ():  # shared out to the rows
-                    pair[:] = [buffer.repeat_interleave(samples, 0) for buffer in pair]
-            require(logits.max().isfinite(), "the model's logits are not finite: bad weights")
+            if window.shape[1] > context_length:
+                window = window[:, -max(1, context_length // 2) :]
+                cache.length = 0
+            unread = window[:, cache.length :]  # the prompt at first, later the newest token
+            logits = model(unread, cache, last_only=True)[:, -1]  # (B, V)
+            if not logits.isfinite().all():
+                raise UserError("the model's logits are not finite: its weights are damaged")
             token = sample_token(logits, temperature, top_k, top_p, generator)
             if eos is not None:
                 token = token.masked_fill(ended, eos)
-                ended |= token == eos
-            window = torch.cat((window, token.unsqueeze(1)), dim=1)
+                ended = ended | (token == eos)
+            window = torch.cat([window, token.unsqueeze(1)], dim=1)
         yield token
         if ended.all():
             return
@@ -728,172 +756,537 @@ def generate(model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=N
 
 # ==================================================================================================
 # 7 GPT-2 weights
-# nn.Linear has x Wᵀ with W (out, in), OpenAI's conv1d() (src/model.py) x w with w (1, in, out), a
-# convolution of width 1: w loses its first dimension and is transposed. t() moves no number: W lies
-# column by column, which is fastest for a single row x; start() lays it row by row, for training.
-GPT2_FILES = ["hparams.json", "encoder.json", "vocab.bpe", "model.ckpt.index"]
-GPT2_FILES += ["model.ckpt.data-00000-of-00001"]
-GPT2_LAYERS = {  # a layer in OpenAI's block h0, h1, ...: those in ours; variables w or g (gain), b
-    "ln_1": ["norm_1"],  # g (C,), b (C,)
-    "attn/c_attn": ["attention.query", "attention.key", "attention.value"],  # w (1, C, 3C)
-    "attn/c_proj": ["attention.projection"],  # w (1, C, C), b (C,)
-    "ln_2": ["norm_2"],  # g (C,), b (C,)
-    "mlp/c_fc": ["feed_forward.expand"],  # w (1, C, 4C), b (4C,)
-    "mlp/c_proj": ["feed_forward.projection"],  # w (1, 4C, C), b (C,)
+# OpenAI published GPT-2 as a checkpoint of TensorFlow. Its large file is nothing but the numbers of
+# all variables, float32, without a header or a gap, in the alphabetical order of their names:
+#     model/h0/attn/c_attn/b   model/h0/attn/c_attn/w   ...   model/h0/mlp/c_proj/w
+#     model/h1/...   model/h10/...   model/h11/...   model/h2/...   ...   model/h9/...
+#     model/ln_f/b   model/ln_f/g   model/wpe   model/wte
+# Block 1 comes after block 0 and before block 10. There is nothing for the output head, which is
+# tied to model/wte. The file is mapped: tensors are views of it, and the system reads a part from
+# the disk when that is first used. Nothing is copied or computed, since OpenAI's matrices differ
+# from ours only in how they are looked at:
+#     nn.Linear             x Wᵀ + b     with W (out, in)
+#     OpenAI's conv1d()     x w + b      with w (1, in, out)
+# So W is wᵀ, and .t() gives it without moving a number: a view with rows and columns exchanged.
+# c_attn is query, key and value side by side, each a third of the columns.
+GPT2_DATA = "model.ckpt.data-00000-of-00001"
+GPT2_LAYERS = {  # in each block: our name and OpenAI's
+    "attention.projection": "attn/c_proj",
+    "feed_forward.expand": "mlp/c_fc",
+    "feed_forward.projection": "mlp/c_proj",
 }
-NoRedirects = type("", (urllib.request.HTTPRedirectHandler,), {"redirect_request": lambda *_: None})
 
 
-def download_gpt2(size, folder, url):
-    """Fetch those of OpenAI's files that the folder lacks, from where it broke off; or OSError."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for path in (Path(folder) / name for name in GPT2_FILES):
-        part, address = Path(f"{path}.part"), f"{url}/{size}/{path.name}"
-        if path.exists() or path.with_name("model.pt").exists():
-            continue
-        safe = re.match(r"https://|http://(127\.0\.0\.1|localhost|\[::1\])[:/]", address)
-        require(safe and "@" not in address, f"{address}: only https is safe, or http from here")
-        try:
-            have = max(0, part.stat().st_size - 1) if part.exists() else 0  # an empty range fails
-            request = urllib.request.Request(address, headers={"Range": f"bytes={have}-"})
-            with urllib.request.build_opener(NoRedirects).open(request, timeout=30) as answer:
-                have = have if answer.status == 206 else 0  # else all of the file comes
-                require(answer.length, "the server doesn't say how long the file is")
-                total = have + answer.length
-                with open(part, "r+b" if have else "wb") as file:
-                    file.seek(file.truncate(have))
-                    while chunk := answer.read1(1 << 20):
-                        require(file.tell() or chunk.lstrip()[:1] != b"<", "a web page came")
-                        file.write(chunk)
-                        progress(f"{path} {file.tell() / 1e6:.1f} of {total / 1e6:.1f} MB", False)
-            require(part.stat().st_size == total, "the connection broke")
-            os.replace(part, path)
-        except Exception as error:  # of urllib, http.client, the disk
-            if getattr(error, "code", None) == 416:  # more is here than there: begin anew
-                part.unlink()
-            raise OSError(f"{address}: {error}; run it again to go on from there") from error
-        progress(f"{path} {total / 1e6:.1f} MB")
-
-
-def convert_gpt2(folder):
-    """OpenAI's files -> (model, tokenizer): each variable used and each parameter set, once."""
-    stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)  # TensorFlow talks when it starts
-    try:
-        import tensorflow
-    finally:
-        os.dup2(stderr, 2)
-    hparams = json.loads((folder / "hparams.json").read_text())
-    config = GPTConfig(*(hparams[f"n_{x}"] for x in ("vocab", "ctx", "embd", "head", "layer")))
-    with torch.device("meta"):
-        model = GPT(config)
-    names = {"model/wte": ["token_embedding.weight"], "model/wpe": ["position_embedding.weight"]}
-    names |= {"model/ln_f/g": ["final_norm.weight"], "model/ln_f/b": ["final_norm.bias"]}
-    for n, (theirs, ours) in itertools.product(range(config.n_layer), GPT2_LAYERS.items()):
-        weight = f"model/h{n}/{theirs}/{'g' if theirs.startswith('ln') else 'w'}"
-        names[weight] = [f"blocks.{n}.{name}.weight" for name in ours]
-        names[f"model/h{n}/{theirs}/b"] = [f"blocks.{n}.{name}.bias" for name in ours]
-    weights = model.state_dict()  # to be replaced one by one
-    reader = tensorflow.train.load_checkpoint(str(folder / "model.ckpt"))
-    shapes = reader.get_variable_to_shape_map()
-    for name in sorted(shapes.keys() ^ names.keys()):
-        raise ValueError(f"{name} is {'missing' if name in names else 'unknown'}")
-    for theirs, ours in names.items():
-        rows, *columns = torch.cat([weights[name] for name in ours]).shape
-        shape = [1, *columns, rows] if theirs.endswith("/w") else [rows, *columns]
-        require(shapes[theirs] == shape, f"{theirs} is {shapes[theirs]}, not {shape}")
-        array = reader.get_tensor(theirs)  # one at a time in memory
-        array = array[0] if theirs.endswith("/w") else array.T  # so that .t() leaves its shape
-        for name, part in zip(ours, np.split(array, len(ours), axis=-1), strict=True):
-            weights[name] = torch.tensor(part).t()  # a copy (in, out), seen as (out, in)
-    model.load_state_dict(weights, assign=True)
-    return model, read_gpt2_tokenizer(folder)
+def map_gpt2(path, config):
+    """{variable: tensor}, views of OpenAI's file. UserError if it hasn't the length that the shapes
+    of all variables give. The names are those above without "model/"; see src/model.py."""
+    C = config.n_embd
+    shapes = {"wte": (config.vocab_size, C), "wpe": (config.context_length, C)}
+    shapes |= {"ln_f/g": (C,), "ln_f/b": (C,)}  # g, the gain, is the weight of a LayerNorm
+    for n in range(config.n_layer):
+        shapes |= {f"h{n}/ln_1/g": (C,), f"h{n}/ln_1/b": (C,)}
+        shapes |= {f"h{n}/attn/c_attn/w": (C, 3 * C), f"h{n}/attn/c_attn/b": (3 * C,)}
+        shapes |= {f"h{n}/attn/c_proj/w": (C, C), f"h{n}/attn/c_proj/b": (C,)}
+        shapes |= {f"h{n}/ln_2/g": (C,), f"h{n}/ln_2/b": (C,)}
+        shapes |= {f"h{n}/mlp/c_fc/w": (C, 4 * C), f"h{n}/mlp/c_fc/b": (4 * C,)}
+        shapes |= {f"h{n}/mlp/c_proj/w": (4 * C, C), f"h{n}/mlp/c_proj/b": (C,)}
+    length = 4 * sum(math.prod(shape) for shape in shapes.values())  # in bytes
+    if path.stat().st_size != length:
+        raise UserError(f"{path} has {path.stat().st_size:,} bytes, not {length:,}; delete it")
+    numbers = torch.from_numpy(np.memmap(path, dtype="<f4", mode="c"))  # "c": nothing is written
+    variables = {}
+    start = 0
+    for name, shape in sorted(shapes.items()):
+        variables[name] = numbers[start : start + math.prod(shape)].view(shape)
+        start += math.prod(shape)
+    return variables
 
 
 def load_gpt2(folder, **changes):
-    """(model, tokenizer) from OpenAI's five files or, from the second time on, from model.pt."""
-    converted = Path(folder) / "model.pt"
-    if not converted.exists():
-        try:
-            parts = convert_gpt2(Path(folder))
-        except Exception as error:  # TensorFlow's, json's
-            raise ValueError(f"{folder}: {error!r}; mend or delete it, then run again") from error
-        save_checkpoint(converted, *parts)
-        del parts  # before the same weights are mapped
-    return load_checkpoint(converted, **changes)[:2]
+    """OpenAI's GPT, from a folder with hparams.json and model.ckpt.data-00000-of-00001.
+    changes: fields of its GPTConfig to be replaced. A wrong file is a UserError."""
+    config = replace(read_hparams(Path(folder, "hparams.json")), **changes)
+    variables = map_gpt2(Path(folder, GPT2_DATA), config)
+    weights = {"token_embedding": variables["wte"], "position_embedding": variables["wpe"]}
+    weights |= {"final_norm.weight": variables["ln_f/g"], "final_norm.bias": variables["ln_f/b"]}
+    for n in range(config.n_layer):
+        w = variables[f"h{n}/attn/c_attn/w"].chunk(3, dim=1)  # (C, 3C) -> 3 of (C, C)
+        b = variables[f"h{n}/attn/c_attn/b"].chunk(3)
+        for i, name in enumerate(("query", "key", "value")):
+            weights[f"blocks.{n}.attention.{name}.weight"] = w[i].t()
+            weights[f"blocks.{n}.attention.{name}.bias"] = b[i]
+        for ours, theirs in GPT2_LAYERS.items():
+            weights[f"blocks.{n}.{ours}.weight"] = variables[f"h{n}/{theirs}/w"].t()
+            weights[f"blocks.{n}.{ours}.bias"] = variables[f"h{n}/{theirs}/b"]
+        for i in (1, 2):
+            weights[f"blocks.{n}.norm_{i}.weight"] = variables[f"h{n}/ln_{i}/g"]
+            weights[f"blocks.{n}.norm_{i}.bias"] = variables[f"h{n}/ln_{i}/b"]
+    with torch.device("meta"):
+        model = GPT(config)
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
 
 
 # ==================================================================================================
-# 8 Command line
-def sample(**given):
-    """Continue a prompt; prints to standard output, ValueError or OSError for a mistake."""
-    options = Options("sample", **given)
-    require(not (options.gpt2 and "checkpoint" in given), "leave out --gpt2 or --checkpoint")
-    folder, checkpoint = Path(options.gpt2_folder, options.gpt2 or ""), options.checkpoint
-    if options.gpt2:
-        download_gpt2(options.gpt2, folder, options.gpt2_url)
-    model, tokenizer = load_gpt2(folder) if options.gpt2 else load_checkpoint(checkpoint)[:2]
-    device, dtype = prepare(options.device, options.dtype)
-    model.to(device, dtype)  # a copy, where they differ from the file's
-    if options.compile:
-        model.compile(dynamic=True)
-    text = sys.stdin.read() if options.prompt == "-" else options.prompt
-    eos = None if options.ignore_eos else tokenizer.eot_token
-    dials = (options.temperature, options.top_k, options.top_p, eos, options.seed)
-    dials += (not options.no_cache, options.samples)
-    texts, total, started = [text.encode()] * options.samples, 0, time.perf_counter()
-    utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # holds back half a character
-    streaming = options.samples == 1
-    print(text * streaming, end="", flush=True)
+# 8 Plumbing: what any program needs
+CHECKPOINT_FORMAT = 2
+DEVICES = ["auto", "cpu", "cuda", "mps"]
+DTYPES = ["auto", "float32", "bfloat16", "float16"]
+STORY = str(Path(__file__).with_name("the-verdict.txt"))
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
+RANK = int(os.environ.get("RANK", "0"))  # torchrun numbers its processes,
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))  # also those of each machine by themselves,
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # and says how many there are
+FIXED = ["size", "gpt2", "tokenizer", "context_length", "n_layer", "n_head", "n_embd", "dropout"]
+FIXED += ["from_scratch", "seed", "gpt2_folder", "gpt2_url"]
+M_TRIM_THRESHOLD = -1  # these two are from glibc's malloc.h
+M_MMAP_THRESHOLD = -3
+
+
+def show(line, keep=True):
+    """Write a line to standard error. If not kept, it is overwritten, and left out of a file."""
+    width = shutil.get_terminal_size().columns - 1 if sys.stderr.isatty() else 0
+    if keep or width > 0:
+        line = line if keep else line[:width]
+        print(line.ljust(width), end="\n" if keep else "\r", file=sys.stderr, flush=True)
+
+
+def make_tokenizer(name, ranks):
+    """The tiktoken.Encoding of {token as bytes: number}, and of <|endoftext|> as one more."""
+    special = {END_OF_TEXT: len(ranks)}
+    return tiktoken.Encoding(name, pat_str=WORDS, mergeable_ranks=ranks, special_tokens=special)
+
+
+def save_checkpoint(path, model, tokenizer, training_state=None):
+    """Write a model with its tokenizer. A kill or a full disk leaves the file that was there."""
+    tokens = [tokenizer.decode_single_token_bytes(n).hex() for n in range(tokenizer.eot_token)]
+    content = {"format": CHECKPOINT_FORMAT, "config": asdict(model.config)}
+    content |= {"tokenizer": (tokenizer.name, " ".join(tokens)), "weights": model.state_dict()}
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content | {"training_state": training_state}, file)
+            file.flush()
+            os.fsync(file.fileno())  # it must be on the disk before it gets its name
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"can't write {path} ({error}); what was there before still is") from error
+
+
+def load_checkpoint(path, mapped=True):
+    """(model, tokenizer, training_state or None); a damaged or foreign file is a UserError.
+    mapped: read its parts when they are used. Such a file must not be replaced meanwhile."""
+    if not os.path.isfile(path):
+        raise UserError(f"there is no file {path}; train a model first, or name another file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # compares checksums, which torch.load doesn't do
+        content = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+        found = damaged or content["format"]
+    except Exception as error:  # whatever zipfile and torch.load make of a wrong file
+        raise UserError(f"{path} is damaged, or no checkpoint of gpt.py ({error!r})") from error
+    if found != CHECKPOINT_FORMAT:
+        raise UserError(f"{path} is damaged, or its format is not {CHECKPOINT_FORMAT}: {found}")
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**content["config"]))
+    model.load_state_dict(content["weights"], assign=True)
+    name, tokens = content["tokenizer"]
+    ranks = {bytes.fromhex(token): rank for rank, token in enumerate(tokens.split())}
+    return model.eval(), make_tokenizer(name, ranks), content["training_state"]
+
+
+def read_hparams(path):
+    """The GPTConfig that OpenAI's hparams.json describes."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        names = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
+        return GPTConfig(*[found[name] for name in names])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not OpenAI's ({error!r}); delete it and try again") from error
+
+
+def download_gpt2(size, folder, url):
+    """Fetch OpenAI's two files, unless they are in the folder. What isn't right is not kept."""
+    names = ("hparams.json", GPT2_DATA)
+    if all(Path(folder, name).exists() for name in names):
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as new:
+        try:
+            for name in names:
+                show(f"downloading {url}/{size}/{name}")
+                bar = sys.stderr.isatty()
+                torch.hub.download_url_to_file(
+                    f"{url}/{size}/{name}", f"{new}/{name}", progress=bar
+                )
+            load_gpt2(new)  # a UserError if they are not what they should be
+        except (OSError, ValueError) as error:
+            raise UserError(f"{url}/{size}: {error}; check the address, or try again") from error
+        for name in names:
+            os.replace(f"{new}/{name}", Path(folder, name))
+
+
+def open_gpt2(options, **changes):
+    """OpenAI's model and tokenizer, downloaded if need be."""
+    tokenizer = load_tokenizer("gpt2")
+    folder = Path(options.gpt2_folder, options.gpt2)
+    download_gpt2(options.gpt2, folder, options.gpt2_url)
+    return load_gpt2(folder, **changes), tokenizer
+
+
+def place(model, device, dtype):
+    """Move a model, and lay its matrices row by row, as training and 16-bit products need them."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(device, dtype).contiguous()
+    return model
+
+
+def choose_device(options):
+    """The (torch.device, torch.dtype) that --device and --dtype ask for."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    best = "cpu" if accelerator is None else accelerator.type
+    name = best if options.device == "auto" else options.device
+    if name not in ("cpu", best):
+        raise UserError(f"--device is {name}; this machine has only {best}")
+    dtype = torch.float32 if options.dtype == "auto" else getattr(torch, options.dtype)
+    if name == "cpu":
+        set_up_cpu()
+    if name == "cuda":
+        torch.cuda.set_device(LOCAL_RANK)
+        if options.dtype == "auto":  # bfloat16 is too coarse for GPT-2's logits of -30 to -120
+            train_in_16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            dtype = torch.bfloat16 if options.command == "train" and train_in_16 else torch.float16
+    return torch.device(name), dtype
+
+
+def set_up_cpu():
+    """Make PyTorch quicker on a CPU, with the same results; to be called before a model is used.
+    glibc gives large buffers back when they are freed, and each step fetches them anew: it is told
+    to keep them. PyTorch multiplies float32 by oneDNN, which is faster than MKL, only if it may use
+    bfloat16 for it; a processor that really does so is told by a product with the identity."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that an older glibc takes
+        mallopt(M_MMAP_THRESHOLD, 2**30)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    products = torch.backends.mkldnn.matmul
+    before = products.fp32_precision
+    products.fp32_precision = "bf16"
+    x = torch.rand(512, 512)
+    if not torch.equal(x @ torch.eye(512), x):
+        products.fp32_precision = before
+
+
+def read_batches(windows, numbers, batch_size, model):
+    """The windows with these numbers, as batches [(inputs, targets), ...], (B, T) each."""
+    device = model.token_embedding.device
+    batches = []
+    for start in range(0, len(numbers), batch_size):
+        pairs = [windows[int(number)] for number in numbers[start : start + batch_size]]
+        inputs, targets = default_collate(pairs)  # stacked
+        largest = max(inputs.max().item(), targets.max().item())
+        if largest >= model.config.vocab_size:
+            raise UserError(f"token {largest} of the data is not in the vocabulary of the model")
+        batches.append((inputs.to(device), targets.to(device)))
+    return batches
+
+
+def read_data(options, tokenizer, model):
+    """The SlidingWindows to train on, and batches from the end of the data, for validation."""
+    path = options.data
+    if path.endswith(".bin"):
+        if os.path.getsize(path) == 0 or os.path.getsize(path) % 2 == 1:
+            raise UserError(f"{path} has {os.path.getsize(path)} bytes; a token takes two")
+        tokens = np.memmap(path, dtype="<u2", mode="r")
+    else:
+        tokens = tokenizer.encode_to_numpy(
+            Path(path).read_text(encoding="utf-8"), allowed_special="all"
+        )
+    context = options.context_length or model.config.context_length
+    if context > model.config.context_length:
+        raise UserError(f"--context is {context}; the model has {model.config.context_length}")
+    val_count = int(len(tokens) * options.val_fraction)
+    count = len(tokens) - val_count
+    windows = SlidingWindows(tokens[:count], context, options.stride or max(1, context // 2))
+    if len(windows) == 0:
+        raise UserError(f"{path} has {count} tokens to train on; it needs {context + 1}")
+    context = max(1, min(context, val_count - 1))  # at most about 64 windows that don't overlap
+    validation = SlidingWindows(tokens[count:], context, max(context, val_count // 64))
+    if RANK == 0:
+        size = sum(parameter.numel() for parameter in model.parameters())
+        show(f"{size:,} parameters learn from {len(windows):,} windows of {windows.context_length}")
+    return windows, read_batches(validation, range(len(validation)), options.batch_size, model)
+
+
+def new_run(options):
+    """new_model(), in the first process of each machine before the others: it may download."""
+    for name in ("checkpoint.pt", "best.pt"):
+        if Path(options.out, name).exists():
+            raise UserError(
+                f"{options.out} has a {name}; go on with --resume, or choose another --out"
+            )
+    if LOCAL_RANK > 0:
+        torch.distributed.barrier()
+    run = new_model(options)
+    if LOCAL_RANK == 0 and WORLD_SIZE > 1:
+        torch.distributed.barrier()
+    return run
+
+
+def new_model(options):
+    """(model, tokenizer, state) of a run that begins, with a new model or with OpenAI's."""
+    state = {"step": 0, "best_val_loss": math.inf, "optimizer": {}, "scaler": {}}
+    fields = {"dropout": options.dropout, "fused": not options.from_scratch}
+    shape = {name: getattr(options, name) for name in ("n_layer", "n_head", "n_embd")}
+    shape = {name: size for name, size in shape.items() if size is not None}
+    if options.gpt2 is not None:
+        if shape or options.size or options.tokenizer:
+            raise UserError("--gpt2 has a shape: leave out --size, --n-layer, ..., --tokenizer")
+        return *open_gpt2(options, **fields), state
+    text = None if options.data.endswith(".bin") else Path(options.data).read_text(encoding="utf-8")
+    alone = None if WORLD_SIZE == 1 else "gpt2"  # processes need the same vocabulary
+    tokenizer = load_tokenizer(options.tokenizer or alone, text)
+    config = GPT2_CONFIGS.get(options.size, SMALL_CONFIG)
+    shape["context_length"] = options.context_length or config.context_length
+    config = replace(config, vocab_size=tokenizer.n_vocab, **shape, **fields)
+    torch.manual_seed(options.seed)  # for the parameters
+    return GPT(config), tokenizer, state
+
+
+def resumed_run(parsers, argv):
+    """(options, run) of the run in --out: its own options, those that are given again on top."""
+    parser, train_parser = parsers
+    out = parser.parse_args(argv).out
+    path = Path(out, "checkpoint.pt")
+    model, tokenizer, state = load_checkpoint(path, mapped=False)  # since it will be replaced
+    if state is None:
+        raise UserError(f"{path} has a model only, no run to go on with")
+    train_parser.set_defaults(**state["options"] | {"out": out})
+    options = parser.parse_args(argv)
+    changed = [name for name in FIXED if getattr(options, name) != state["options"][name]]
+    if changed:
+        raise UserError(f"a resumed run keeps its {', '.join(changed)}; leave that out")
+    if options.steps < state["step"]:
+        raise UserError(f"--steps is {options.steps}, but {state['step']} were taken already")
+    batch = options.batch_size * options.accumulate * WORLD_SIZE
+    if batch != state["batch"]:
+        product = "--batch-size x --accumulate x processes"
+        raise UserError(f"{product} is {batch}; it must stay {state['batch']}")
+    return options, (model, tokenizer, state)
+
+
+@torch.no_grad()
+def evaluate(model, batches, autocast):
+    """The mean loss of all windows in these batches, without dropout."""
+    model.eval()
+    total = 0.0
+    for inputs, targets in batches:
+        with autocast:
+            total += cross_entropy(model(inputs), targets).item() * len(inputs)
+    model.train()
+    return total / sum(len(inputs) for inputs, _ in batches)
+
+
+def open_log(out, step):
+    """out/log.csv, to be written on behind the row of this step; later rows are cut off."""
+    path = Path(out, "log.csv")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = ["step,train_loss,val_loss,learning_rate,tokens_per_second\n"]
+    if step > 0 and path.exists():
+        rows = path.read_text().splitlines(keepends=True)[: step + 1]  # a header, then a row a step
+    Path(f"{path}.tmp").write_text("".join(rows))
+    os.replace(f"{path}.tmp", path)
+    return open(path, "a", buffering=1)  # line by line
+
+
+def close_log(log, options, state):
+    """Say at the end of a run where its models are, and what to try."""
+    log.close()
+    out = options.out
+    if state["best_val_loss"] < math.inf:
+        show(f"The model that did best on unseen text is {out}/best.pt.")
+    show(f"The last one is {out}/checkpoint.pt. Try it:")
+    show(f"    python gpt.py sample --checkpoint {out}/checkpoint.pt --temperature 0")
+
+
+def report(log, options, step, loss, val_loss, tokens, took):
+    """Log a step that took so many seconds, and show it: now and then, or in a terminal always."""
+    val = "" if val_loss is None else f"{val_loss:.9g}"
+    log.write(f"{step},{loss:.9g},{val},{learning_rate(step, options):.9g},{tokens / took:.0f}\n")
+    line = f"step {step}/{options.steps}  loss {loss:.3f}"
+    if val_loss is not None:
+        line += f"  val {val_loss:.3f}"
+    minutes, seconds = divmod(round(took * (options.steps - step)), 60)
+    line += f"  {tokens / took:,.0f} tokens/s  {minutes}:{seconds:02} left"
+    show(line, keep=step in (1, options.steps) or step % options.eval_every == 0)
+
+
+def write_text(model, tokenizer, text, max_new_tokens, eos=None, **settings):
+    """Write a text and its continuation while it is generated; returns the number of tokens.
+    A letter of several bytes can be spread over tokens: it is held back until it is complete."""
     prompt = tokenizer.encode(text, allowed_special="all") or [tokenizer.eot_token]
-    for tokens in generate(model, torch.tensor([prompt], device=device), options.tokens, *dials):
-        for row, token in enumerate(tokens.tolist()):
-            if token != eos:  # an ended row goes on with eos
-                piece, total = tokenizer.decode_single_token_bytes(token), total + 1
-                texts[row] += piece
-                print(utf8.decode(piece) * streaming, end="", flush=True)
+    prompt = torch.tensor([prompt], device=model.token_embedding.device)
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    count = 0
+    print(text, end="", flush=True)
+    for token in generate(model, prompt, max_new_tokens, eos=eos, **settings):
+        if token.item() != eos:
+            piece = tokenizer.decode_single_token_bytes(token.item())
+            print(decoder.decode(piece), end="", flush=True)
+            count += 1
+    print(decoder.decode(b"", final=True), flush=True)
+    return count
+
+
+def sample(options):
+    """Continue a prompt, on standard output; the figures go to standard error."""
+    if options.gpt2 and options.checkpoint:
+        raise UserError("leave out --gpt2 or --checkpoint: a sample is from one model")
+    if options.gpt2:
+        model, tokenizer = open_gpt2(options)
+    else:
+        model, tokenizer, _ = load_checkpoint(options.checkpoint or "out/checkpoint.pt")
+    device, dtype = choose_device(options)
+    if device.type != "cpu" or dtype != torch.float32:  # else the weights stay mapped
+        place(model, device, dtype)
+    text = sys.stdin.read() if options.prompt == "-" else options.prompt
+    dials = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
+    dials["eos"] = None if options.ignore_eos else tokenizer.eot_token
+    started = time.perf_counter()
+    count = 0
+    for number in range(options.samples):
+        if options.samples > 1:
+            print(f"--- sample {number + 1} ---")
+        seed = options.seed + number
+        count += write_text(model, tokenizer, text, options.tokens, seed=seed, **dials)
     seconds = time.perf_counter() - started
-    print(utf8.decode(b"", final=True) * streaming, end="\n" * streaming)
-    for n, continued in enumerate(texts[streaming:], start=1):
-        print(f"--- sample {n} ---\n{continued.decode(errors='replace')}\n", flush=True)
-    progress(f"{total} tokens in {seconds:.2f} s: {total / seconds:.1f} tokens per second")
+    show(f"{count} tokens in {seconds:.2f} s: {count / seconds:.1f} tokens per second")
 
 
-def fail(message):
-    """End with one line on standard error and status 2."""
-    progress("", keep=False)  # over a line that was still being rewritten
-    print("gpt.py: error:", *str(message).split(), file=sys.stderr)
-    raise SystemExit(2)
+def number(kind, low, high=1e18):
+    """The type of an option: an int or a float from low to high."""
+
+    def convert(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise ValueError
+        return value
+
+    convert.__name__ = f"{'whole number' if kind is int else 'number'} from {low:g} to {high:g}"
+    return convert
+
+
+def make_parsers():
+    """The parser of the command line, and the part of it that is for `train`."""
+    parser = argparse.ArgumentParser(
+        "gpt.py", description="Train a GPT, or continue a text with one."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    train_parser = commands.add_parser("train", help="train a new GPT, or OpenAI's GPT-2 further")
+    sample_parser = commands.add_parser("sample", help="continue a text")
+    count = number(int, 1)
+    share = number(float, 0, 0.99)
+    anything = number(float, 0)
+
+    add = train_parser.add_argument_group("data").add_argument
+    add("--data", type=os.path.abspath, default=STORY, help="UTF-8 text, or .bin: uint16 tokens")
+    add("--val-fraction", type=share, default=0.1, help="kept for validation [%(default)s]")
+    add("--tokenizer", help="gpt2, or N: learn N tokens from the data [gpt2, offline 1024]")
+    add("--stride", type=count, help="tokens from window to window [half the context]")
+    add = train_parser.add_argument_group("model").add_argument
+    add("--size", choices=["small", *GPT2_CONFIGS], help="the shape of a new model [small]")
+    add("--context", dest="context_length", type=count, help="tokens in a window [the size's]")
+    add("--n-layer", type=count, help="blocks [the size's]")
+    add("--n-head", type=count, help="attention heads [the size's]")
+    add("--n-embd", type=count, help="channels [the size's]")
+    add("--dropout", type=share, default=0.0, help="share of zeros in training [%(default)s]")
+    add("--from-scratch", action="store_true", help="compute by the hand-written lines")
+    add = train_parser.add_argument_group("training").add_argument
+    add("--steps", type=count, default=240, help="optimizer steps in all [%(default)s]")
+    add("--batch-size", type=count, default=8, help="windows a process reads at once [%(default)s]")
+    add("--accumulate", type=count, default=1, help="micro-batches in a step [%(default)s]")
+    add("--learning-rate", type=anything, default=1e-3, help="the highest one [%(default)s]")
+    add("--warmup", type=number(int, 0), default=20, help="steps until it is reached [%(default)s]")
+    add("--weight-decay", type=anything, default=0.1, help="pull towards 0 [%(default)s]")
+    add("--clip", type=number(float, 1e-9), default=1.0, help="longest gradient [%(default)s]")
+    add("--compile", action="store_true", help="use torch.compile: a slow start, then faster")
+    add = train_parser.add_argument_group("output").add_argument
+    add("--out", default="out", help="folder for checkpoint.pt, best.pt, log.csv [%(default)s]")
+    add("--resume", action="store_true", help="go on from the checkpoint in that folder")
+    add("--eval-every", type=count, default=20, help="steps between validations [%(default)s]")
+    add("--save-every", type=count, default=80, help="steps between checkpoints [%(default)s]")
+
+    add = sample_parser.add_argument_group("text").add_argument
+    add("--checkpoint", help="a model that was trained here [out/checkpoint.pt]")
+    add("--tokens", type=count, default=100, help="the most to be added [%(default)s]")
+    add("--temperature", type=anything, default=0.8, help="0: the most probable [%(default)s]")
+    add("--top-k", type=count, default=50, help="draw among the k most probable [%(default)s]")
+    add("--top-p", type=number(float, 1e-9, 1), default=1.0, help="... with sum p [%(default)s]")
+    add("--samples", type=count, default=1, help="how many texts [%(default)s]")
+    add("--ignore-eos", action="store_true", help="go on behind <|endoftext|>")
+    for command in (train_parser, sample_parser):
+        add = command.add_argument_group("GPT-2").add_argument
+        add("--gpt2", choices=[*GPT2_CONFIGS], help="take OpenAI's weights of this size")
+        add("--gpt2-folder", default="gpt2", help="where they are kept [%(default)s]")
+        add("--gpt2-url", default=GPT2_URL, help="where they come from [OpenAI's server]")
+        add = command.add_argument_group("machine").add_argument
+        add("--prompt", default="I HAD always thought", help="- reads standard input [%(default)s]")
+        add("--seed", type=number(int, 0), default=1, help="of all that is random [%(default)s]")
+        add("--device", choices=DEVICES, default="auto", help="[the fastest that is there]")
+        add("--dtype", choices=DTYPES, default="auto", help="[16 bits on cuda, else float32]")
+    for each in (parser, train_parser, sample_parser):
+        each.error = fail
+        each.allow_abbrev = False
+    return parser, train_parser
+
+
+def run(argv):
+    """Run the command of these arguments."""
+    parsers = make_parsers()
+    options = parsers[0].parse_args(argv)
+    if options.command == "sample":
+        return sample(options)
+    run = None
+    if options.resume:
+        options, run = resumed_run(parsers, argv)
+    if WORLD_SIZE > 1:  # the others may wait long for the first process, which saves
+        torch.distributed.init_process_group(timeout=datetime.timedelta(days=1))
+    train(options, run)
+    if WORLD_SIZE > 1:
+        torch.distributed.barrier()
+        gc.collect()  # DistributedDataParallel has to go before the group, or may abort at exit
+        torch.distributed.destroy_process_group()
+
+
+def fail(message, status=2):
+    """End with one line on standard error, over one that was to be overwritten."""
+    show("", keep=False)
+    print("gpt.py: error:", " ".join(str(message).split()), file=sys.stderr)
+    raise SystemExit(status)
 
 
 def main(argv=None):
-    """Train a GPT, or sample from one; SystemExit(2) for a user's mistake."""
-    parser = argparse.ArgumentParser("gpt.py", allow_abbrev=False)
-    commands, parser.error = parser.add_subparsers(dest="command", required=True), fail
-    for run in (train, sample):
-        sub = commands.add_parser(run.__name__, help=run.__doc__.split(";")[0], allow_abbrev=False)
-        sub.error = fail
-        for name, default, values, kind, text in Options.table(run.__name__):
-            keywords = {"choices": values.split("|")} if "|" in values else {"type": kind}
-            keywords = {"action": "store_true"} if values == "switch" else keywords
-            text += f" [{default}]" if default is not None else ""
-            name = "--" + name.replace("_", "-")
-            sub.add_argument(name, default=argparse.SUPPRESS, help=text, **keywords)
-    given = vars(parser.parse_args(argv))
+    """Run a command; SystemExit with status 2 and one line for a mistake that the user can mend."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(
+                encoding="utf-8", errors="replace"
+            )  # whatever the system's code page
     try:
-        {"train": train, "sample": sample}[given.pop("command")](**given)
-    except BrokenPipeError:  # whoever read our output has gone, as `head` does
+        run(argv)
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        fail("stopped; train --resume goes on from the last checkpoint", status=130)
+    except (UserError, OSError) as error:
+        fail(error)
     except UnicodeDecodeError as error:
-        fail(f"{given.get('data', 'the text')} is not UTF-8: {error}")
-    except (ValueError, OSError) as error:
-        fail(f"{error}; is that the right path?" if getattr(error, "errno", None) else error)
-    except RuntimeError as error:
-        if not (given.get("compile") or "memory" in str(error)):
+        fail(f"--data is not a text in UTF-8 ({error}); convert it first")
+    except (RuntimeError, MemoryError) as error:
+        if not re.search("out of memory|not enough memory|allocate", str(error)):
             raise
-        fail(f"{str(error)[:200]}; leave --compile out, or take a smaller model or batch")
+        fail(f"the memory is too small ({error}); take a smaller model, context or batch")
 
 
 if __name__ == "__main__":
