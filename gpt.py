@@ -858,7 +858,7 @@ def make_tokenizer(name, ranks):
 
 
 def save_checkpoint(path, model, tokenizer, training_state=None):
-    """Write a model with its tokenizer. A kill or a full disk leaves the file that was there."""
+    """Write a model with its tokenizer. If a kill or a full disk interrupts, the old file stays."""
     tokens = [tokenizer.decode_single_token_bytes(n).hex() for n in range(tokenizer.eot_token)]
     content = {"format": CHECKPOINT_FORMAT, "config": asdict(model.config)}
     content |= {"tokenizer": (tokenizer.name, " ".join(tokens)), "weights": model.state_dict()}
@@ -962,9 +962,11 @@ def choose_device(options):
 
 def set_up_cpu():
     """Make PyTorch quicker on a CPU, with the same results; to be called before a model is used.
-    glibc gives large buffers back when they are freed, and each step fetches them anew: it is told
-    to keep them. PyTorch multiplies float32 by oneDNN, which is faster than MKL, only if it may use
-    bfloat16 for it; a processor that really does so is told by a product with the identity."""
+    glibc, the C library, gives large buffers back to the system when they are freed and fetches
+    them anew in each step: it is told to keep them. PyTorch has two libraries that multiply
+    float32, and takes the faster one, oneDNN, only if that may round to bfloat16. Most processors
+    don't round all
+    the same; one that does shows it in a product with the identity matrix, and is set back."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that an older glibc takes
@@ -1230,7 +1232,7 @@ def make_parsers():
         add("--gpt2", choices=[*GPT2_CONFIGS], help="take OpenAI's weights of this size")
         add("--gpt2-folder", default="gpt2", help="where they are kept [%(default)s]")
         add("--gpt2-url", default=GPT2_URL, help="where they come from [OpenAI's server]")
-        add = command.add_argument_group("machine").add_argument
+        add = command.add_argument_group("other").add_argument
         add("--prompt", default="I HAD always thought", help="- reads standard input [%(default)s]")
         add("--seed", type=number(int, 0), default=1, help="of all that is random [%(default)s]")
         add("--device", choices=DEVICES, default="auto", help="[the fastest that is there]")
