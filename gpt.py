@@ -392,7 +392,7 @@ WORDS = (  # a regular expression; \p{L} is any letter, \p{N} any digit
     r"'(?:s|t|re|ve|m|ll|d)|"  # the ends of it's, don't, we're, I've, I'm, we'll, I'd
     r" ?\p{L}+| ?\p{N}+|"  # letters or digits, with the space before them
     r" ?[^\s\p{L}\p{N}]+|"  # other signs
-    r"\s+(?!\S)|\s+"  # spaces and line ends, but for the last one before a word
+    r"\s+(?!\S)|\s+"  # "a   b": two of the spaces; the third goes with "b"
 )
 
 
@@ -470,7 +470,7 @@ def load_tokenizer(name=None, text=None):
 #               target                  thought   Jack      Gis      burn
 #
 # When the stride is below the context, windows overlap, and a token is learned at several
-# positions, with more and with less text before it. Else it is known at one position only.
+# positions, with more and with less text before it. Else it is learned at a single one only.
 class SlidingWindows(Dataset):
     """Item i is (input, target), each int64 (context_length,), from token i * stride on.
     tokens: a tensor, an array or a numpy.memmap, of which only the item's part is read."""
@@ -509,7 +509,7 @@ class SlidingWindows(Dataset):
 # second. So each moves by about the learning rate, whether its gradients are large or tiny, and one
 # whose gradients keep changing sign hardly moves. Weight decay, the W, also pulls matrices and
 # embeddings towards 0 in each step: a weight stays large only if the data keeps asking for it.
-# Biases and LayerNorms' weights are left alone: they are few, and a LayerNorm's weight is near 1.
+# Biases and LayerNorms' weights are left alone: few numbers, and LayerNorm needs its scale.
 def make_optimizer(model, weight_decay):
     """AdamW. betas, how much of its two means stays in a step, let them span about 10 and 20 steps.
     Source: Brown et al. 2020, "Language Models are Few-Shot Learners", appendix B."""
@@ -558,7 +558,7 @@ def training_step(model, batches, optimizer, scaler, autocast, clip):
     """One step of the optimizer, on one or more micro-batches -> (loss, norm of the gradient)."""
     total = 0.0
     for number, (inputs, targets) in enumerate(batches, start=1):
-        model.require_backward_grad_sync = number == len(batches)  # the mean over processes now?
+        model.require_backward_grad_sync = number == len(batches)  # only DDP looks at this
         with autocast:
             loss = cross_entropy(model(inputs), targets) / len(batches)
         scaler.scale(loss).backward()
@@ -614,7 +614,7 @@ def train(options, run=None):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, options)
         loss, norm = training_step(learner, batches, optimizer, scaler, autocast, options.clip)
-        # An infinite gradient is left out by float16's scaler, which ends up below 1 if all are.
+        # float16's scaler leaves out a step with an infinite gradient; below 1 it can't help.
         left_out = scaler.is_enabled() and scaler.get_scale() >= 1
         if not math.isfinite(loss) or not (math.isfinite(norm) or left_out):
             raise UserError(f"step {step}: loss {loss}, gradient {norm}; lower --learning-rate")
