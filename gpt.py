@@ -402,8 +402,8 @@ def train_bpe(text, vocab_size):
     hugs pug", with the words " hug" (twice), " hugs" and " pug":
 
         the most frequent pair   u g, 4 times       is token 256, "ug"      the words begin with
-        then                     space h, 3 times   is token 257, " h"      " h" "ug", " p" "ug"
-        then                     " h" "ug", 3       is token 258, " hug"    " hug", " p" "ug"
+        then                     space h, 3 times   is token 257, " h"      " h" "ug", " " p "ug"
+        then                     " h" "ug", 3       is token 258, " hug"    " hug", " " p "ug"
 
     A new text is cut likewise, into words and bytes, and in each word the pair that was learned
     first is merged first: " hugging" becomes " hug" g i n g. Source: Sennrich et al. 2016, "Neural
