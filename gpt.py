@@ -43,6 +43,7 @@ import collections
 import ctypes
 import datetime
 import gc
+import http.client
 import itertools
 import json
 import math
@@ -884,14 +885,19 @@ def load_checkpoint(path, mapped=True):
             damaged = archive.testzip()  # compares checksums, which torch.load doesn't do
         content = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
         found = damaged or content["format"]
+        name, tokens = content["tokenizer"]
+        config = content["config"]
+        weights = content["weights"]
     except Exception as error:  # whatever zipfile and torch.load make of a wrong file
         raise UserError(f"{path} is damaged, or no checkpoint of gpt.py ({error!r})") from error
     if found != CHECKPOINT_FORMAT:
         raise UserError(f"{path} is damaged, or its format is not {CHECKPOINT_FORMAT}: {found}")
     with torch.device("meta"):
-        model = GPT(GPTConfig(**content["config"]))
-    model.load_state_dict(content["weights"], assign=True)
-    name, tokens = content["tokenizer"]
+        model = GPT(GPTConfig(**config))
+    expected = {key: weight.shape for key, weight in model.state_dict().items()}
+    if {key: weight.shape for key, weight in weights.items()} != expected:
+        raise UserError(f"the weights in {path} don't fit its config")
+    model.load_state_dict(weights, assign=True)
     ranks = {bytes.fromhex(token): rank for rank, token in enumerate(tokens.split())}
     return model.eval(), make_tokenizer(name, ranks), content["training_state"]
 
@@ -921,7 +927,7 @@ def download_gpt2(size, folder, url):
                     f"{url}/{size}/{name}", f"{new}/{name}", progress=bar
                 )
             load_gpt2(new)  # a UserError if they are not what they should be
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise UserError(f"{url}/{size}: {error}; check the address, or try again") from error
         for name in names:
             os.replace(f"{new}/{name}", Path(folder, name))
@@ -1233,7 +1239,11 @@ def make_parsers():
         add("--gpt2-folder", default="gpt2", help="where they are kept [%(default)s]")
         add("--gpt2-url", default=GPT2_URL, help="where they come from [OpenAI's server]")
         add = command.add_argument_group("other").add_argument
-        add("--prompt", default="I HAD always thought", help="- reads standard input [%(default)s]")
+        add(
+            "--prompt",
+            default="I HAD always thought",
+            help="in sample, - is standard input [%(default)s]",
+        )
         add("--seed", type=number(int, 0), default=1, help="of all that is random [%(default)s]")
         add("--device", choices=DEVICES, default="auto", help="[the fastest that is there]")
         add("--dtype", choices=DTYPES, default="auto", help="[16 bits on cuda, else float32]")
@@ -1286,7 +1296,8 @@ def main(argv=None):
     except UnicodeDecodeError as error:
         fail(f"--data is not a text in UTF-8 ({error}); convert it first")
     except (RuntimeError, MemoryError) as error:
-        if not re.search("out of memory|not enough memory|allocate", str(error)):
+        known = "out of memory|not enough memory|allocate|size calculation overflowed"
+        if not isinstance(error, MemoryError) and not re.search(known, str(error)):
             raise
         fail(f"the memory is too small ({error}); take a smaller model, context or batch")
 

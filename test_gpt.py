@@ -1737,7 +1737,10 @@ class Bomb:
         return open, ("bang", "w")
 
 
-@pytest.mark.parametrize("kind", ["empty", "cut", "text", "foreign", "list", "future", "bomb"])
+FOREIGN = ["empty", "cut", "text", "foreign", "list", "future", "bomb", "bare", "weightless"]
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
 def test_a_file_that_is_no_checkpoint_is_refused(kind, begun, tmp_path, capsys, monkeypatch):
     """One line with its name; code in it isn't run, and nothing is written over it."""
     monkeypatch.chdir(tmp_path)
@@ -1745,7 +1748,10 @@ def test_a_file_that_is_no_checkpoint_is_refused(kind, begun, tmp_path, capsys, 
     whole = (begun / "checkpoint.pt").read_bytes()
     contents = {"empty": b"", "cut": whole[: len(whole) // 2], "text": b"I HAD always thought"}
     objects = {"foreign": {"model": torch.ones(3)}, "list": [1, 2], "bomb": {"format": Bomb()}}
-    objects["future"] = torch.load(begun / "checkpoint.pt", weights_only=True) | {"format": 999}
+    content = torch.load(begun / "checkpoint.pt", weights_only=True)
+    objects["future"] = content | {"format": 999}
+    objects["bare"] = {"format": content["format"]}
+    objects["weightless"] = content | {"weights": {}}
     if kind in contents:
         path.write_bytes(contents[kind])
     else:
@@ -1826,7 +1832,7 @@ def test_a_file_that_is_not_right_is_not_kept(damage, server, tmp_path):
 
 def test_no_server_is_one_error(tmp_path):
     """Nobody listens at this port, and the other is no address at all."""
-    for address in ("http://127.0.0.1:9", "nowhere"):
+    for address in ("http://127.0.0.1:9", "http://127.0.0.1/a b", "nowhere"):
         with pytest.raises(gpt.UserError, match=address):
             gpt.download_gpt2("124M", tmp_path / "gpt2", address)
 
@@ -1911,14 +1917,16 @@ def test_a_bug_keeps_its_traceback(error, lesson, capsys, monkeypatch):
         run(capsys, *lesson)
 
 
-def test_memory_that_runs_out_is_one_line(lesson, capsys, monkeypatch):
-    """On a CPU it is a plain RuntimeError, known by its message."""
+def test_memory_that_runs_out_is_one_line(lesson, tmp_path, capsys, monkeypatch):
+    """On a CPU it is a plain RuntimeError, known by its message; NumPy has a MemoryError."""
+    for error in (RuntimeError("DefaultCPUAllocator: not enough memory"), MemoryError()):
 
-    def broken(*_):
-        raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes")
+        def broken(*_, error=error):
+            raise error
 
-    monkeypatch.setattr(gpt, "cross_entropy", broken)
-    assert "memory" in refusal(capsys, *lesson)
+        monkeypatch.setattr(gpt, "cross_entropy", broken)
+        assert "memory" in refusal(capsys, *lesson)
+    assert "memory" in refusal(capsys, *lesson, "--n-embd", 10**18, "--n-head", 1)
 
 
 def test_training_works_in_any_thread(lesson, tmp_path):
