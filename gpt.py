@@ -127,8 +127,7 @@ class LayerNorm(nn.Module):
     The stream grows with every result that is added, and layers learn best from numbers of one
     size. Mean and variance are taken over the C channels of one token. weight and bias (C,) are
     learned: each channel gets the size and the offset that suit the next layer. Source: Ba et al.
-    2016,
-    "Layer Normalization", section 3; src/model.py, norm()."""
+    2016, "Layer Normalization", section 3; src/model.py, norm()."""
 
     def __init__(self, config):
         super().__init__()
@@ -149,7 +148,7 @@ class LayerNorm(nn.Module):
 
 
 class GELU(nn.Module):
-    """A smooth version of max(0, x): x times the probability that a normal random number is below.
+    """A smooth version of max(0, x): x times the chance that a normal random number is below x.
     This is not the exact function but an approximation by tanh, off by less than 0.0005: it was
     faster once, and GPT-2 was trained with it. Source: Hendrycks and Gimpel 2016, "Gaussian Error
     Linear Units", section 2; src/model.py, gelu()."""
@@ -193,8 +192,7 @@ class GELU(nn.Module):
 def attention(q, k, v, mask, dropout=0.0):
     """The formula, in each head: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D).
     mask (T, S), bool, is True where a query may see a token. Source: Vaswani et al. 2017,
-    "Attention
-    Is All You Need", section 3.2.1."""
+    "Attention Is All You Need", section 3.2.1."""
     scores = q @ k.transpose(-2, -1)  # (B, H, T, D) @ (B, H, D, S) -> (B, H, T, S)
     scores = scores / math.sqrt(q.shape[-1])
     scores = scores.masked_fill(~mask, -math.inf)
@@ -215,8 +213,7 @@ class CausalSelfAttention(nn.Module):
     A softmax can look for one kind of thing. H heads, each on its own D = C / H channels, look for
     H things at once: a verb, the last name, an opening quote. Their results are put side by side,
     and the projection, a learned matrix, mixes them, so that what one head has found can reach
-    every
-    channel of the stream. Source: Vaswani et al. 2017, section 3.2.2."""
+    every channel of the stream. Source: Vaswani et al. 2017, section 3.2.2."""
 
     def __init__(self, config, layer=0):
         super().__init__()
@@ -287,8 +284,7 @@ class TransformerBlock(nn.Module):
     the stream, after each sum, where they rescaled every gradient on its way back: training needed
     a careful start. With "pre-LayerNorm" the stream is nothing but sums, and training is more
     stable. Source: GPT-2 paper, section 2.3; Xiong et al. 2020, "On Layer Normalization in the
-    Transformer
-    Architecture"."""
+    Transformer Architecture"."""
 
     def __init__(self, config, layer=0):
         super().__init__()
@@ -363,10 +359,10 @@ class GPT(nn.Module):
 # Softmax of the logits gives each token its probability to come next. The probability of a text is
 # the product of those of its tokens, each given the tokens before it, and training makes the texts
 # that people wrote as probable as it can. A logarithm turns the product into a sum, and a minus
-# sign "as large as possible" into "as small as possible": the loss is the mean of -log p over all
-# tokens, p being the probability that the model gave to the token that really came. With natural
-# logarithms its unit is the nat. A loss of 3.0 means p = exp(-3.0), 1 in 20; 0 would be certainty.
-# A new model gives every token about 1 / V, so it starts near ln V, 10.8 for GPT-2.
+# sign turns "as large as possible" into "as small as possible": the loss is the mean of -log p over
+# all tokens, p being the probability that the model gave to the token that really came. With
+# natural logarithms its unit is the nat. A loss of 3.0 means p = exp(-3.0), 1 in 20; 0 would be
+# certainty. A new model gives every token about 1 / V, so it starts near ln V, 10.8 for GPT-2.
 def cross_entropy(logits, targets):
     """The mean of -log softmax(logits)[target], in nats, a scalar; logits (..., V), targets (...).
     By the definition of softmax, -log p is the logarithm of the sum of all exp(logit), called
@@ -471,7 +467,7 @@ def load_tokenizer(name=None, text=None):
 #               target                  thought   Jack      Gis      burn
 #
 # When the stride is below the context, windows overlap, and a token is learned at several
-# positions, with more and with less text before it. Else it is learned at a single one only.
+# positions, with more and with less text before it. Otherwise it is learned at one position only.
 class SlidingWindows(Dataset):
     """Item i is (input, target), each int64 (context_length,), from token i * stride on.
     tokens: a tensor, an array or a numpy.memmap, of which only the item's part is read."""
@@ -482,7 +478,7 @@ class SlidingWindows(Dataset):
         self.stride = stride
 
     def __len__(self):
-        # -1 for the last target. 1,000 tokens, context 64, stride 32: 935 // 32 + 1 = 30.
+        # The -1 is for the last target. 1,000 tokens, context 64, stride 32: 935 // 32 + 1 = 30.
         return max(0, (len(self.tokens) - self.context_length - 1) // self.stride + 1)
 
     def __getitem__(self, i):
@@ -510,7 +506,8 @@ class SlidingWindows(Dataset):
 # second. So each moves by about the learning rate, whether its gradients are large or tiny, and one
 # whose gradients keep changing sign hardly moves. Weight decay, the W, also pulls matrices and
 # embeddings towards 0 in each step: a weight stays large only if the data keeps asking for it.
-# Biases and LayerNorms' weights are left alone: few numbers, and LayerNorm needs its scale.
+# Biases and LayerNorms' weights are not decayed: they are too few to learn a text by heart with,
+# and a LayerNorm whose weights were pulled to 0 would hand nothing on.
 def make_optimizer(model, weight_decay):
     """AdamW. betas, how much of its two means stays in a step, let them span about 10 and 20 steps.
     Source: Brown et al. 2020, "Language Models are Few-Shot Learners", appendix B."""
@@ -524,8 +521,8 @@ def learning_rate(step, options):
     """The learning rate of step 1, 2, ..., options.steps. Source: Brown et al. 2020, appendix B.
     In the first --warmup steps it rises evenly, from --learning-rate / --warmup to --learning-rate:
     AdamW's means rest on few gradients then, and full steps would go astray. After that it falls
-    along half a cosine to a tenth: large steps get near a minimum of the loss, small ones settle.
-    """
+    along half a cosine to a tenth: large steps get near a minimum of the loss, small ones
+    settle."""
     if step <= options.warmup:
         return options.learning_rate * step / options.warmup
     done = (step - options.warmup) / (options.steps - options.warmup)  # 1 in the last step
@@ -540,8 +537,8 @@ def learning_rate(step, options):
 #
 # Accumulation. backward() adds to the gradients that are there. So a batch that the memory can't
 # hold is read in micro-batches: with each loss divided by their number, the gradients add up to
-# that of the whole batch. --batch-size 4 --accumulate 2 takes the steps of --batch-size 8, with
-# half the memory for what forward keeps, in somewhat more time.
+# that of the whole batch. --batch-size 4 --accumulate 2 takes the steps of --batch-size 8 (but for
+# what dropout draws), with half the memory for what forward keeps, in somewhat more time.
 #
 # 16 bits. GPUs multiply 16-bit numbers many times as fast as 32-bit ones. Under autocast, PyTorch
 # rounds what goes into matrix products to 16 bits; parameters, their gradients, AdamW's means and
@@ -693,8 +690,8 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
 # training, a weight that was read serves all B T rows of a batch: arithmetic bounds that.
 class KVCache:
     """The keys and values of `length` tokens, in buffers that are made once.
-    They are float32 also beside 16-bit weights: they are much fewer, and a CPU sums float32 faster.
-    """
+    They are float32 also beside 16-bit weights: there are far fewer of them than of weights, and a
+    CPU sums float32 faster."""
 
     def __init__(self, config, batch_size, length=None, device=None):
         room = length or config.context_length
@@ -723,8 +720,8 @@ def generate(
 ):
     """Yield the next token of each row, int64 (B,), up to max_new_tokens times.
     prompt: int64 (B, T), of which the newest context_length tokens are read. A row that has
-    produced
-    eos goes on with eos; when all rows have, it ends. seed None: another text each time."""
+    produced eos goes on with eos; when all rows have, it ends. seed None: another text each
+    time."""
     context_length = model.config.context_length
     if prompt.dim() != 2 or prompt.numel() == 0:
         raise UserError(
@@ -960,7 +957,7 @@ def choose_device(options):
         set_up_cpu()
     if name == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
-        if options.dtype == "auto":  # bfloat16 is too coarse for GPT-2's logits of -30 to -120
+        if options.dtype == "auto":  # logits of -30 to -120, as GPT-2's, need float16's digits
             train_in_16 = torch.cuda.is_bf16_supported(including_emulation=False)
             dtype = torch.bfloat16 if options.command == "train" and train_in_16 else torch.float16
     return torch.device(name), dtype
@@ -971,8 +968,8 @@ def set_up_cpu():
     glibc, the C library, gives large buffers back to the system when they are freed and fetches
     them anew in each step: it is told to keep them. PyTorch has two libraries that multiply
     float32, and takes the faster one, oneDNN, only if that may round to bfloat16. Most processors
-    don't round all
-    the same; one that does shows it in a product with the identity matrix, and is set back."""
+    don't round all the same; one that does shows it in a product with the identity matrix, and is
+    set back."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that an older glibc takes
@@ -1000,6 +997,14 @@ def read_batches(windows, numbers, batch_size, model):
     return batches
 
 
+def read_text(path):
+    """The text of a UTF-8 file."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a text in UTF-8 ({error}); convert it first") from error
+
+
 def read_data(options, tokenizer, model):
     """The SlidingWindows to train on, and batches from the end of the data, for validation."""
     path = options.data
@@ -1008,9 +1013,7 @@ def read_data(options, tokenizer, model):
             raise UserError(f"{path} has {os.path.getsize(path)} bytes; a token takes two")
         tokens = np.memmap(path, dtype="<u2", mode="r")
     else:
-        tokens = tokenizer.encode_to_numpy(
-            Path(path).read_text(encoding="utf-8"), allowed_special="all"
-        )
+        tokens = tokenizer.encode_to_numpy(read_text(path), allowed_special="all")
     context = options.context_length or model.config.context_length
     if context > model.config.context_length:
         raise UserError(f"--context is {context}; the model has {model.config.context_length}")
@@ -1052,7 +1055,7 @@ def new_model(options):
         if shape or options.size or options.tokenizer:
             raise UserError("--gpt2 has a shape: leave out --size, --n-layer, ..., --tokenizer")
         return *open_gpt2(options, **fields), state
-    text = None if options.data.endswith(".bin") else Path(options.data).read_text(encoding="utf-8")
+    text = None if options.data.endswith(".bin") else read_text(options.data)
     alone = None if WORLD_SIZE == 1 else "gpt2"  # processes need the same vocabulary
     tokenizer = load_tokenizer(options.tokenizer or alone, text)
     config = GPT2_CONFIGS.get(options.size, SMALL_CONFIG)
@@ -1163,10 +1166,10 @@ def sample(options):
     dials["eos"] = None if options.ignore_eos else tokenizer.eot_token
     started = time.perf_counter()
     count = 0
-    for number in range(options.samples):
+    for index in range(options.samples):
         if options.samples > 1:
-            print(f"--- sample {number + 1} ---")
-        seed = options.seed + number
+            print(f"--- sample {index + 1} ---")
+        seed = options.seed + index
         count += write_text(model, tokenizer, text, options.tokens, seed=seed, **dials)
     seconds = time.perf_counter() - started
     show(f"{count} tokens in {seconds:.2f} s: {count / seconds:.1f} tokens per second")
@@ -1259,12 +1262,12 @@ def run(argv):
     options = parsers[0].parse_args(argv)
     if options.command == "sample":
         return sample(options)
-    run = None
+    earlier = None
     if options.resume:
-        options, run = resumed_run(parsers, argv)
+        options, earlier = resumed_run(parsers, argv)
     if WORLD_SIZE > 1:  # the others may wait long for the first process, which saves
         torch.distributed.init_process_group(timeout=datetime.timedelta(days=1))
-    train(options, run)
+    train(options, earlier)
     if WORLD_SIZE > 1:
         torch.distributed.barrier()
         gc.collect()  # DistributedDataParallel has to go before the group, or may abort at exit
@@ -1282,9 +1285,8 @@ def main(argv=None):
     """Run a command; SystemExit with status 2 and one line for a mistake that the user can mend."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(
-                encoding="utf-8", errors="replace"
-            )  # whatever the system's code page
+            # UTF-8, whatever the system's code page
+            stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         run(argv)
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
@@ -1293,8 +1295,6 @@ def main(argv=None):
         fail("stopped; train --resume goes on from the last checkpoint", status=130)
     except (UserError, OSError) as error:
         fail(error)
-    except UnicodeDecodeError as error:
-        fail(f"--data is not a text in UTF-8 ({error}); convert it first")
     except (RuntimeError, MemoryError) as error:
         known = "out of memory|not enough memory|allocate|size calculation overflowed"
         if not isinstance(error, MemoryError) and not re.search(known, str(error)):
