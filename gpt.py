@@ -453,7 +453,7 @@ def load_tokenizer(name=None, text=None):
         name = 1024
     if text is None or not str(name).isdecimal() or int(name) < 257:
         raise UserError(f"the tokenizer is {name}; it is gpt2 or, for a text, a number from 257 up")
-    return make_tokenizer("learned", train_bpe(text, int(name) - 1))
+    return make_tokenizer(train_bpe(text, int(name) - 1))
 
 
 # A window is context_length tokens of the text, the input, and the same moved on by one, the
@@ -827,16 +827,15 @@ def load_gpt2(folder, **changes):
 
 # ==================================================================================================
 # 8 Plumbing: what any program needs
-CHECKPOINT_FORMAT = 2
-DEVICES = ["auto", "cpu", "cuda", "mps"]
-DTYPES = ["auto", "float32", "bfloat16", "float16"]
 STORY = str(Path(__file__).with_name("the-verdict.txt"))
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 RANK = int(os.environ.get("RANK", "0"))  # torchrun numbers its processes,
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))  # also those of each machine by themselves,
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # and says how many there are
-FIXED = ["size", "gpt2", "tokenizer", "context_length", "n_layer", "n_head", "n_embd", "dropout"]
-FIXED += ["from_scratch", "seed", "gpt2_folder", "gpt2_url"]
+DEVICES = ["auto", "cpu", "cuda", "mps"]
+DTYPES = ["auto", "float32", "bfloat16", "float16"]
+SHAPE = ["context_length", "n_layer", "n_head", "n_embd"]
+FIXED = [*SHAPE, "size", "gpt2", "tokenizer", "dropout", "from_scratch", "seed", "gpt2_folder"]
 M_TRIM_THRESHOLD = -1  # these two are from glibc's malloc.h
 M_MMAP_THRESHOLD = -3
 
@@ -849,21 +848,21 @@ def show(line, keep=True):
         print(line.ljust(width), end="\n" if keep else "\r", file=sys.stderr, flush=True)
 
 
-def make_tokenizer(name, ranks):
+def make_tokenizer(ranks):
     """The tiktoken.Encoding of {token as bytes: number}, and of <|endoftext|> as one more."""
     special = {END_OF_TEXT: len(ranks)}
-    return tiktoken.Encoding(name, pat_str=WORDS, mergeable_ranks=ranks, special_tokens=special)
+    return tiktoken.Encoding("gpt.py", pat_str=WORDS, mergeable_ranks=ranks, special_tokens=special)
 
 
 def save_checkpoint(path, model, tokenizer, training_state=None):
     """Write a model with its tokenizer. If a kill or a full disk interrupts, the old file stays."""
     tokens = [tokenizer.decode_single_token_bytes(n).hex() for n in range(tokenizer.eot_token)]
-    content = {"format": CHECKPOINT_FORMAT, "config": asdict(model.config)}
-    content |= {"tokenizer": (tokenizer.name, " ".join(tokens)), "weights": model.state_dict()}
+    content = {"format": 2, "config": asdict(model.config), "weights": model.state_dict()}
+    content |= {"tokenizer": " ".join(tokens), "training_state": training_state}
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(content | {"training_state": training_state}, file)
+            torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())  # it must be on the disk before it gets its name
         os.replace(temporary, path)
@@ -881,22 +880,16 @@ def load_checkpoint(path, mapped=True):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # compares checksums, which torch.load doesn't do
         content = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
-        found = damaged or content["format"]
-        name, tokens = content["tokenizer"]
-        config = content["config"]
-        weights = content["weights"]
+        if damaged or content["format"] != 2:
+            raise ValueError(damaged or "another format")
+        with torch.device("meta"):
+            model = GPT(GPTConfig(**content["config"]))
+        model.load_state_dict(content["weights"], assign=True)
+        tokens = content["tokenizer"].split()
     except Exception as error:  # whatever zipfile and torch.load make of a wrong file
         raise UserError(f"{path} is damaged, or no checkpoint of gpt.py ({error!r})") from error
-    if found != CHECKPOINT_FORMAT:
-        raise UserError(f"{path} is damaged, or its format is not {CHECKPOINT_FORMAT}: {found}")
-    with torch.device("meta"):
-        model = GPT(GPTConfig(**config))
-    expected = {key: weight.shape for key, weight in model.state_dict().items()}
-    if {key: weight.shape for key, weight in weights.items()} != expected:
-        raise UserError(f"the weights in {path} don't fit its config")
-    model.load_state_dict(weights, assign=True)
-    ranks = {bytes.fromhex(token): rank for rank, token in enumerate(tokens.split())}
-    return model.eval(), make_tokenizer(name, ranks), content["training_state"]
+    ranks = {bytes.fromhex(token): rank for rank, token in enumerate(tokens)}
+    return model.eval(), make_tokenizer(ranks), content["training_state"]
 
 
 def read_hparams(path):
@@ -914,18 +907,17 @@ def download_gpt2(size, folder, url):
     names = ("hparams.json", GPT2_DATA)
     if all(Path(folder, name).exists() for name in names):
         return
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    os.makedirs(folder, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as new:
         try:
             for name in names:
-                show(f"downloading {url}/{size}/{name}")
+                source = f"{url}/{size}/{name}"
+                show(f"downloading {source}")
                 bar = sys.stderr.isatty()
-                torch.hub.download_url_to_file(
-                    f"{url}/{size}/{name}", f"{new}/{name}", progress=bar
-                )
+                torch.hub.download_url_to_file(source, f"{new}/{name}", progress=bar)
             load_gpt2(new)  # a UserError if they are not what they should be
         except (OSError, ValueError, http.client.HTTPException) as error:
-            raise UserError(f"{url}/{size}: {error}; check the address, or try again") from error
+            raise UserError(f"{source}: {error}; check the address, or try again") from error
         for name in names:
             os.replace(f"{new}/{name}", Path(folder, name))
 
@@ -936,13 +928,6 @@ def open_gpt2(options, **changes):
     folder = Path(options.gpt2_folder, options.gpt2)
     download_gpt2(options.gpt2, folder, options.gpt2_url)
     return load_gpt2(folder, **changes), tokenizer
-
-
-def place(model, device, dtype):
-    """Move a model, and lay its matrices row by row, as training and 16-bit products need them."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(device, dtype).contiguous()
-    return model
 
 
 def choose_device(options):
@@ -965,11 +950,10 @@ def choose_device(options):
 
 def set_up_cpu():
     """Make PyTorch quicker on a CPU, with the same results; to be called before a model is used.
-    glibc, the C library, gives large buffers back to the system when they are freed and fetches
-    them anew in each step: it is told to keep them. PyTorch has two libraries that multiply
-    float32, and takes the faster one, oneDNN, only if that may round to bfloat16. Most processors
-    don't round all the same; one that does shows it in a product with the identity matrix, and is
-    set back."""
+    glibc, the C library, gives large buffers back to the system and fetches them anew in each step:
+    it is told to keep them. Of its two libraries for products of float32, PyTorch takes the faster,
+    oneDNN, only if that may round to bfloat16. Most processors don't round all the same; one that
+    does shows it in a product with the identity matrix, and is set back."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that an older glibc takes
@@ -981,6 +965,43 @@ def set_up_cpu():
     x = torch.rand(512, 512)
     if not torch.equal(x @ torch.eye(512), x):
         products.fp32_precision = before
+
+
+def place(model, device, dtype):
+    """Move a model, and lay its matrices row by row, as training and 16-bit products need them."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(device, dtype).contiguous()
+    return model
+
+
+def open_data(path):
+    """The text of a file, or the tokens of a .bin file, which is mapped and not read at once."""
+    try:
+        if path.endswith(".bin"):
+            return np.memmap(path, dtype="<u2", mode="r")
+        return Path(path).read_text(encoding="utf-8")
+    except ValueError as error:  # an incomplete letter or token
+        problem = f"{path} is neither a text in UTF-8 nor, as .bin, tokens of two bytes"
+        raise UserError(f"{problem} ({error}); convert it first") from error
+
+
+def read_data(options, tokenizer, model):
+    """The SlidingWindows to train on, and batches from the end of the data, for validation."""
+    tokens = open_data(options.data)
+    if isinstance(tokens, str):
+        tokens = tokenizer.encode_to_numpy(tokens, allowed_special="all")
+    context = options.context_length or model.config.context_length
+    val_count = int(len(tokens) * options.val_fraction)
+    count = len(tokens) - val_count
+    windows = SlidingWindows(tokens[:count], context, options.stride or max(1, context * 3 // 4))
+    if len(windows) == 0:
+        raise UserError(f"{options.data} has {count} tokens to train on; it needs {context + 1}")
+    context = max(1, min(context, val_count - 1))  # at most about 64 windows that don't overlap
+    validation = SlidingWindows(tokens[count:], context, max(context, val_count // 64))
+    if RANK == 0:
+        size = sum(parameter.numel() for parameter in model.parameters())
+        show(f"{size:,} parameters learn from {len(windows):,} windows of {windows.context_length}")
+    return windows, read_batches(validation, range(len(validation)), options.batch_size, model)
 
 
 def read_batches(windows, numbers, batch_size, model):
@@ -997,72 +1018,44 @@ def read_batches(windows, numbers, batch_size, model):
     return batches
 
 
-def read_text(path):
-    """The text of a UTF-8 file."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not a text in UTF-8 ({error}); convert it first") from error
-
-
-def read_data(options, tokenizer, model):
-    """The SlidingWindows to train on, and batches from the end of the data, for validation."""
-    path = options.data
-    if path.endswith(".bin"):
-        if os.path.getsize(path) == 0 or os.path.getsize(path) % 2 == 1:
-            raise UserError(f"{path} has {os.path.getsize(path)} bytes; a token takes two")
-        tokens = np.memmap(path, dtype="<u2", mode="r")
-    else:
-        tokens = tokenizer.encode_to_numpy(read_text(path), allowed_special="all")
-    context = options.context_length or model.config.context_length
-    if context > model.config.context_length:
-        raise UserError(f"--context is {context}; the model has {model.config.context_length}")
-    val_count = int(len(tokens) * options.val_fraction)
-    count = len(tokens) - val_count
-    windows = SlidingWindows(tokens[:count], context, options.stride or max(1, context // 2))
-    if len(windows) == 0:
-        raise UserError(f"{path} has {count} tokens to train on; it needs {context + 1}")
-    context = max(1, min(context, val_count - 1))  # at most about 64 windows that don't overlap
-    validation = SlidingWindows(tokens[count:], context, max(context, val_count // 64))
-    if RANK == 0:
-        size = sum(parameter.numel() for parameter in model.parameters())
-        show(f"{size:,} parameters learn from {len(windows):,} windows of {windows.context_length}")
-    return windows, read_batches(validation, range(len(validation)), options.batch_size, model)
+@torch.no_grad()
+def evaluate(model, batches, autocast):
+    """The mean loss of all windows in these batches, without dropout."""
+    model.eval()
+    total = 0.0
+    for inputs, targets in batches:
+        with autocast:
+            total += cross_entropy(model(inputs), targets).item() * len(inputs)
+    model.train()
+    return total / sum(len(inputs) for inputs, _ in batches)
 
 
 def new_run(options):
-    """new_model(), in the first process of each machine before the others: it may download."""
+    """(model, tokenizer, state) of a run that begins, with a new model or with OpenAI's."""
     for name in ("checkpoint.pt", "best.pt"):
         if Path(options.out, name).exists():
-            raise UserError(
-                f"{options.out} has a {name}; go on with --resume, or choose another --out"
-            )
-    if LOCAL_RANK > 0:
-        torch.distributed.barrier()
-    run = new_model(options)
-    if LOCAL_RANK == 0 and WORLD_SIZE > 1:
-        torch.distributed.barrier()
-    return run
-
-
-def new_model(options):
-    """(model, tokenizer, state) of a run that begins, with a new model or with OpenAI's."""
+            raise UserError(f"{options.out} has a {name}; add --resume, or choose another --out")
     state = {"step": 0, "best_val_loss": math.inf, "optimizer": {}, "scaler": {}}
     fields = {"dropout": options.dropout, "fused": not options.from_scratch}
-    shape = {name: getattr(options, name) for name in ("n_layer", "n_head", "n_embd")}
-    shape = {name: size for name, size in shape.items() if size is not None}
-    if options.gpt2 is not None:
-        if shape or options.size or options.tokenizer:
+    shape = {name: getattr(options, name) for name in SHAPE if getattr(options, name)}
+    if LOCAL_RANK > 0:  # the first process of each machine goes first: it may download
+        torch.distributed.barrier()
+    if options.gpt2:
+        if options.size or options.tokenizer or shape.keys() - {"context_length"}:
             raise UserError("--gpt2 has a shape: leave out --size, --n-layer, ..., --tokenizer")
-        return *open_gpt2(options, **fields), state
-    text = None if options.data.endswith(".bin") else read_text(options.data)
-    alone = None if WORLD_SIZE == 1 else "gpt2"  # processes need the same vocabulary
-    tokenizer = load_tokenizer(options.tokenizer or alone, text)
-    config = GPT2_CONFIGS.get(options.size, SMALL_CONFIG)
-    shape["context_length"] = options.context_length or config.context_length
-    config = replace(config, vocab_size=tokenizer.n_vocab, **shape, **fields)
-    torch.manual_seed(options.seed)  # for the parameters
-    return GPT(config), tokenizer, state
+        model, tokenizer = open_gpt2(options, **fields)
+    else:
+        data = open_data(options.data)
+        alone = None if WORLD_SIZE == 1 else "gpt2"  # processes need the same vocabulary
+        text = data if isinstance(data, str) else None
+        tokenizer = load_tokenizer(options.tokenizer or alone, text)
+        config = GPT2_CONFIGS.get(options.size, SMALL_CONFIG)
+        config = replace(config, vocab_size=tokenizer.n_vocab, **shape, **fields)
+        torch.manual_seed(options.seed)  # for the parameters
+        model = GPT(config)
+    if LOCAL_RANK == 0 and WORLD_SIZE > 1:
+        torch.distributed.barrier()
+    return model, tokenizer, state
 
 
 def resumed_run(parsers, argv):
@@ -1085,18 +1078,6 @@ def resumed_run(parsers, argv):
         product = "--batch-size x --accumulate x processes"
         raise UserError(f"{product} is {batch}; it must stay {state['batch']}")
     return options, (model, tokenizer, state)
-
-
-@torch.no_grad()
-def evaluate(model, batches, autocast):
-    """The mean loss of all windows in these batches, without dropout."""
-    model.eval()
-    total = 0.0
-    for inputs, targets in batches:
-        with autocast:
-            total += cross_entropy(model(inputs), targets).item() * len(inputs)
-    model.train()
-    return total / sum(len(inputs) for inputs, _ in batches)
 
 
 def open_log(out, step):
@@ -1179,10 +1160,9 @@ def number(kind, low, high=1e18):
     """The type of an option: an int or a float from low to high."""
 
     def convert(text):
-        value = kind(text)
-        if not low <= value <= high:
+        if not low <= kind(text) <= high:
             raise ValueError
-        return value
+        return kind(text)
 
     convert.__name__ = f"{'whole number' if kind is int else 'number'} from {low:g} to {high:g}"
     return convert
@@ -1190,50 +1170,48 @@ def number(kind, low, high=1e18):
 
 def make_parsers():
     """The parser of the command line, and the part of it that is for `train`."""
-    parser = argparse.ArgumentParser(
-        "gpt.py", description="Train a GPT, or continue a text with one."
-    )
+    parser = argparse.ArgumentParser("gpt.py", description="Train a GPT, or let it write.")
     commands = parser.add_subparsers(dest="command", required=True)
     train_parser = commands.add_parser("train", help="train a new GPT, or OpenAI's GPT-2 further")
     sample_parser = commands.add_parser("sample", help="continue a text")
     count = number(int, 1)
     share = number(float, 0, 0.99)
+    natural = number(int, 0)
     anything = number(float, 0)
 
     add = train_parser.add_argument_group("data").add_argument
     add("--data", type=os.path.abspath, default=STORY, help="UTF-8 text, or .bin: uint16 tokens")
-    add("--val-fraction", type=share, default=0.1, help="kept for validation [%(default)s]")
+    add("--val-fraction", type=share, default=0.1, help="for validation [%(default)s]")
     add("--tokenizer", help="gpt2, or N: learn N tokens from the data [gpt2, offline 1024]")
-    add("--stride", type=count, help="tokens from window to window [half the context]")
+    add("--stride", type=count, help="tokens from window to window [3/4 of the context]")
     add = train_parser.add_argument_group("model").add_argument
-    add("--size", choices=["small", *GPT2_CONFIGS], help="the shape of a new model [small]")
-    add("--context", dest="context_length", type=count, help="tokens in a window [the size's]")
+    add("--size", choices=["small", *GPT2_CONFIGS], help="a new model's shape [small]")
+    add("--context", dest="context_length", type=count, help="tokens a window [the size's]")
     add("--n-layer", type=count, help="blocks [the size's]")
     add("--n-head", type=count, help="attention heads [the size's]")
     add("--n-embd", type=count, help="channels [the size's]")
-    add("--dropout", type=share, default=0.0, help="share of zeros in training [%(default)s]")
+    add("--dropout", type=share, default=0.0, help="share of zeros [%(default)s]")
     add("--from-scratch", action="store_true", help="compute by the hand-written lines")
     add = train_parser.add_argument_group("training").add_argument
     add("--steps", type=count, default=240, help="optimizer steps in all [%(default)s]")
-    add("--batch-size", type=count, default=8, help="windows a process reads at once [%(default)s]")
-    add("--accumulate", type=count, default=1, help="micro-batches in a step [%(default)s]")
-    add("--learning-rate", type=anything, default=1e-3, help="the highest one [%(default)s]")
-    add("--warmup", type=number(int, 0), default=20, help="steps until it is reached [%(default)s]")
+    add("--batch-size", type=count, default=4, help="windows read at once [%(default)s]")
+    add("--accumulate", type=count, default=1, help="micro-batches a step [%(default)s]")
+    add("--learning-rate", type=anything, default=1e-3, help="the highest [%(default)s]")
+    add("--warmup", type=natural, default=20, help="steps until there [%(default)s]")
     add("--weight-decay", type=anything, default=0.1, help="pull towards 0 [%(default)s]")
     add("--clip", type=number(float, 1e-9), default=1.0, help="longest gradient [%(default)s]")
     add("--compile", action="store_true", help="use torch.compile: a slow start, then faster")
     add = train_parser.add_argument_group("output").add_argument
-    add("--out", default="out", help="folder for checkpoint.pt, best.pt, log.csv [%(default)s]")
+    add("--out", default="out", help="folder for checkpoints and log.csv [%(default)s]")
     add("--resume", action="store_true", help="go on from the checkpoint in that folder")
     add("--eval-every", type=count, default=20, help="steps between validations [%(default)s]")
     add("--save-every", type=count, default=80, help="steps between checkpoints [%(default)s]")
-
     add = sample_parser.add_argument_group("text").add_argument
     add("--checkpoint", help="a model that was trained here [out/checkpoint.pt]")
     add("--tokens", type=count, default=100, help="the most to be added [%(default)s]")
-    add("--temperature", type=anything, default=0.8, help="0: the most probable [%(default)s]")
-    add("--top-k", type=count, default=50, help="draw among the k most probable [%(default)s]")
-    add("--top-p", type=number(float, 1e-9, 1), default=1.0, help="... with sum p [%(default)s]")
+    add("--temperature", type=anything, default=0.8, help="0 is greedy [%(default)s]")
+    add("--top-k", type=count, default=50, help="keep the k most probable [%(default)s]")
+    add("--top-p", type=number(float, 1e-9, 1), default=1.0, help="... of sum p [%(default)s]")
     add("--samples", type=count, default=1, help="how many texts [%(default)s]")
     add("--ignore-eos", action="store_true", help="go on behind <|endoftext|>")
     for command in (train_parser, sample_parser):
@@ -1242,13 +1220,9 @@ def make_parsers():
         add("--gpt2-folder", default="gpt2", help="where they are kept [%(default)s]")
         add("--gpt2-url", default=GPT2_URL, help="where they come from [OpenAI's server]")
         add = command.add_argument_group("other").add_argument
-        add(
-            "--prompt",
-            default="I HAD always thought",
-            help="in sample, - is standard input [%(default)s]",
-        )
-        add("--seed", type=number(int, 0), default=1, help="of all that is random [%(default)s]")
-        add("--device", choices=DEVICES, default="auto", help="[the fastest that is there]")
+        add("--prompt", default="I HAD always thought", help="in sample, -: standard input")
+        add("--seed", type=natural, default=1, help="of all that is random [%(default)s]")
+        add("--device", choices=DEVICES, default="auto", help="[the fastest]")
         add("--dtype", choices=DTYPES, default="auto", help="[16 bits on cuda, else float32]")
     for each in (parser, train_parser, sample_parser):
         each.error = fail
@@ -1256,12 +1230,8 @@ def make_parsers():
     return parser, train_parser
 
 
-def run(argv):
-    """Run the command of these arguments."""
-    parsers = make_parsers()
-    options = parsers[0].parse_args(argv)
-    if options.command == "sample":
-        return sample(options)
+def run_training(parsers, options, argv):
+    """`train`, in one process or in one of several."""
     earlier = None
     if options.resume:
         options, earlier = resumed_run(parsers, argv)
@@ -1284,11 +1254,15 @@ def fail(message, status=2):
 def main(argv=None):
     """Run a command; SystemExit with status 2 and one line for a mistake that the user can mend."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            # UTF-8, whatever the system's code page
+        if hasattr(stream, "reconfigure"):  # to UTF-8, whatever the system's code page
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
-        run(argv)
+        parsers = make_parsers()
+        options = parsers[0].parse_args(argv)
+        if options.command == "sample":
+            sample(options)
+        else:
+            run_training(parsers, options, argv)
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:

@@ -2064,6 +2064,7 @@ def test_a_wrong_command_or_file_is_one_line(lesson, tmp_path, capsys, monkeypat
     Path("latin.txt").write_bytes("naïve".encode("latin-1"))
     Path("short.txt").write_text("!")
     Path("odd.bin").write_bytes(bytes(99))
+    Path("even.bin").write_bytes(bytes(98))
     mistakes = {
         "trian": "trian",
         "train surplus": "surplus",
@@ -2076,7 +2077,7 @@ def test_a_wrong_command_or_file_is_one_line(lesson, tmp_path, capsys, monkeypat
         f"{small} --tokenizer 280 --data missing.txt": "missing.txt",
         f"{small} --tokenizer 280 --data latin.txt": "UTF-8",
         f"{small} --tokenizer 280 --data short.txt": r"short.txt.*\b1\b.*\b17\b",
-        f"{small} --tokenizer 300 --data odd.bin": "tokenizer",
+        f"{small} --tokenizer 300 --data even.bin": "tokenizer",
         f"{small} --tokenizer 280 --data short.txt --n-head 3": "n_embd 32.*n_head 3",
     }
     for command, expected in mistakes.items():
