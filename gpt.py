@@ -12,11 +12,12 @@ information.
     python gpt.py sample --gpt2 124M                OpenAI's GPT-2 does (it downloads 500 MB)
     python gpt.py train --gpt2 124M --data my.txt   GPT-2 learns on, from a text of yours
 
-The first takes a few minutes on two processor cores. Its loss, which measures how badly the model
-predicts, starts near 10.8, like blind guessing, and ends near 0.1: then the model recites "I HAD
-always thought Jack Gisburn rather a cheap genius". The validation loss is that of the last tenth of
-the story, which is kept from training. It falls while the model learns what English looks like, and
-rises when it goes on to learn this one story by heart, and becomes too sure of the story's words.
+The first takes about two minutes on two processor cores. Its loss, which measures how badly the
+model predicts, starts near 10.8, like blind guessing, and ends below 0.5: then the model recites "I
+HAD always thought Jack Gisburn rather a cheap genius". The validation loss is that of the last
+tenth of the story, which is kept from training. It falls while the model learns what English looks
+like, and rises when it goes on to learn this one story by heart, and becomes too sure of the
+story's words.
 
 Sections 1 to 7 are the GPT. Section 8 is what any program needs, and can be skipped.
 
@@ -80,7 +81,7 @@ class GPTConfig:
     n_head: int = 12  # H
     n_layer: int = 12  # blocks, one after the other
     dropout: float = 0.0  # the share of numbers that training sets to 0; OpenAI used 0.1
-    fused: bool = True  # True: PyTorch's kernels; False: the same arithmetic, written by hand
+    fused: bool = True  # True: PyTorch's ready-made kernels; False: the same by hand
 
     def __post_init__(self):
         for name in ("vocab_size", "context_length", "n_embd", "n_head", "n_layer"):
@@ -103,7 +104,7 @@ GPT2_CONFIGS = {  # named after the number of their parameters, in millions
     "774M": GPTConfig(n_embd=1280, n_head=20, n_layer=36),
     "1558M": GPTConfig(n_embd=1600, n_head=25, n_layer=48),
 }
-SMALL_CONFIG = GPTConfig(context_length=64, n_embd=384, n_head=6, n_layer=4)  # for a laptop
+SMALL_CONFIG = GPTConfig(context_length=64, n_embd=384, n_head=6, n_layer=2)  # for a laptop
 
 
 # ==================================================================================================
@@ -111,9 +112,10 @@ SMALL_CONFIG = GPTConfig(context_length=64, n_embd=384, n_head=6, n_layer=4)  # 
 # Inside the model, C numbers stand for each token. A layer reads them and adds its result to them.
 # They are called the residual stream: a layer need not pass on what is known already, it
 # contributes only the rest, the residue, that is still missing. A sum also hands its gradient on
-# unchanged, so the first of many layers learns as well as the last (He et al. 2016, "Deep Residual
-# Learning for Image Recognition"). Most parameters are in nn.Linear(m, n), which makes n numbers of
-# m by a learned matrix W (n, m) and a learned bias b (n,): x (..., m) -> x Wᵀ + b (..., n).
+# unchanged, so even the first of many layers gets one that it can learn from (He et al. 2016, "Deep
+# Residual Learning for Image Recognition"). Most parameters are in nn.Linear(m, n), which makes n
+# numbers of m by a learned matrix W (n, m) and a learned bias b (n,): x (..., m) -> x Wᵀ + b (...,
+# n).
 #
 # Dropout sets a random share of numbers to 0 while the model trains, and enlarges the others to
 # keep their mean: after the embeddings (section 3), on the attention weights, and on each layer's
@@ -578,8 +580,9 @@ def training_step(model, batches, optimizer, scaler, autocast, clip):
 # and 0.11 billion operations a token: nearly all are spent on the weights.
 #
 # Memory. A parameter takes 16 bytes: itself, its gradient, and AdamW's two numbers, 2 GB in all for
-# 124M. The rest is what forward keeps for backward, in proportion to B T. The logits alone are
-# 4 B T V bytes, 206 MB for a window of 1,024 tokens.
+# 124M. The rest is what forward keeps for backward, in proportion to B T (attention by hand also
+# keeps its B H T T weights). One copy of the logits in float32 is 4 B T V bytes, 206 MB for a
+# window of 1,024 tokens.
 def train(options, run=None):
     """Train a GPT and return it. options: those of the command line (section 8); run: (model,
     tokenizer, state) of resumed_run(), or None for a new run. A user's mistake is a UserError."""
@@ -759,10 +762,10 @@ def generate(
 #     model/h0/attn/c_attn/b   model/h0/attn/c_attn/w   ...   model/h0/mlp/c_proj/w
 #     model/h1/...   model/h10/...   model/h11/...   model/h2/...   ...   model/h9/...
 #     model/ln_f/b   model/ln_f/g   model/wpe   model/wte
-# Block 1 comes after block 0 and before block 10. There is nothing for the output head, which is
-# tied to model/wte. The file is mapped: tensors are views of it, and the system reads a part from
-# the disk when that is first used. Nothing is copied or computed, since OpenAI's matrices differ
-# from ours only in how they are looked at:
+# So block 1 stands between model/h0/mlp/c_proj/w and model/h10/attn/c_attn/b. There is nothing for
+# the output head, which is tied to model/wte. The file is mapped: tensors are views of it, and the
+# system reads a part from the disk when that is first used. Loading copies and computes nothing,
+# since OpenAI's matrices differ from ours only in how they are looked at:
 #     nn.Linear             x Wᵀ + b     with W (out, in)
 #     OpenAI's conv1d()     x w + b      with w (1, in, out)
 # So W is wᵀ, and .t() gives it without moving a number: a view with rows and columns exchanged.
@@ -1193,11 +1196,11 @@ def make_parsers():
     add("--dropout", type=share, default=0.0, help="share of zeros [%(default)s]")
     add("--from-scratch", action="store_true", help="compute by the hand-written lines")
     add = train_parser.add_argument_group("training").add_argument
-    add("--steps", type=count, default=240, help="optimizer steps in all [%(default)s]")
+    add("--steps", type=count, default=260, help="optimizer steps in all [%(default)s]")
     add("--batch-size", type=count, default=4, help="windows read at once [%(default)s]")
     add("--accumulate", type=count, default=1, help="micro-batches a step [%(default)s]")
-    add("--learning-rate", type=anything, default=1e-3, help="the highest [%(default)s]")
-    add("--warmup", type=natural, default=20, help="steps until there [%(default)s]")
+    add("--learning-rate", type=anything, default=1.2e-3, help="the highest [%(default)s]")
+    add("--warmup", type=natural, default=30, help="steps until there [%(default)s]")
     add("--weight-decay", type=anything, default=0.1, help="pull towards 0 [%(default)s]")
     add("--clip", type=number(float, 1e-9), default=1.0, help="longest gradient [%(default)s]")
     add("--compile", action="store_true", help="use torch.compile: a slow start, then faster")
@@ -1205,7 +1208,7 @@ def make_parsers():
     add("--out", default="out", help="folder for checkpoints and log.csv [%(default)s]")
     add("--resume", action="store_true", help="go on from the checkpoint in that folder")
     add("--eval-every", type=count, default=20, help="steps between validations [%(default)s]")
-    add("--save-every", type=count, default=80, help="steps between checkpoints [%(default)s]")
+    add("--save-every", type=count, default=100, help="steps between checkpoints [%(default)s]")
     add = sample_parser.add_argument_group("text").add_argument
     add("--checkpoint", help="a model that was trained here [out/checkpoint.pt]")
     add("--tokens", type=count, default=100, help="the most to be added [%(default)s]")
