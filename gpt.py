@@ -13,13 +13,12 @@ information.
     python gpt.py train --gpt2 124M --data my.txt   GPT-2 learns on, from a text of yours
 
 The first takes about two minutes on two processor cores. Its loss, which measures how badly the
-model predicts, starts near 10.8, like blind guessing, and ends below 0.5: then the model recites "I
-HAD always thought Jack Gisburn rather a cheap genius". The validation loss is that of the last
-tenth of the story, which is kept from training. It falls while the model learns what English looks
-like, and rises when it goes on to learn this one story by heart, and becomes too sure of the
-story's words.
+model predicts, starts near 10.8, like blind guessing among 50,257 tokens, and ends below 0.5: then
+the model recites "I HAD always thought Jack Gisburn rather a cheap genius". The validation loss is
+that of the last tenth of the story, which is kept from training. It falls while the model learns
+what English looks like, and rises when it learns this one story by heart, too sure of its words.
 
-Sections 1 to 7 are the GPT. Section 8 is what any program needs, and can be skipped.
+Sections 1 to 7 are the GPT. Section 8, files, devices and options, can be skipped.
 
     1 Config    the numbers that fix a model's shape     5 Training      how parameters are found
     2 Layers    attention and what stands around it      6 Decoding      how text is drawn from it
@@ -31,7 +30,7 @@ Shapes are written in letters, as (B, T) -> (B, T, C). src/... are files of gith
     letter   meaning                                                     in GPT-2 124M
     B        batch: how many sequences are read side by side             any number
     T        time: tokens of each sequence that are read in one call     1 to 1,024
-    S        tokens that can be seen: T and those that were read before  1 to 1,024
+    S        tokens that can be seen: T and those read in earlier calls  1 to 1,024
     C        channels: the numbers that stand for one token              768
     H        heads: attentions that work side by side                    12
     D        channels of one head, C / H                                 64
@@ -81,7 +80,7 @@ class GPTConfig:
     n_head: int = 12  # H
     n_layer: int = 12  # blocks, one after the other
     dropout: float = 0.0  # the share of numbers that training sets to 0; OpenAI used 0.1
-    fused: bool = True  # True: PyTorch's ready-made kernels; False: the same by hand
+    fused: bool = True  # True: PyTorch's fast routines; False: the same by hand
 
     def __post_init__(self):
         for name in ("vocab_size", "context_length", "n_embd", "n_head", "n_layer"):
@@ -109,13 +108,12 @@ SMALL_CONFIG = GPTConfig(context_length=64, n_embd=384, n_head=6, n_layer=2)  # 
 
 # ==================================================================================================
 # 2 Layers
-# Inside the model, C numbers stand for each token. A layer reads them and adds its result to them.
-# They are called the residual stream: a layer need not pass on what is known already, it
-# contributes only the rest, the residue, that is still missing. A sum also hands its gradient on
-# unchanged, so even the first of many layers gets one that it can learn from (He et al. 2016, "Deep
-# Residual Learning for Image Recognition"). Most parameters are in nn.Linear(m, n), which makes n
-# numbers of m by a learned matrix W (n, m) and a learned bias b (n,): x (..., m) -> x Wᵀ + b (...,
-# n).
+# Inside the model, C numbers stand for each token. A layer reads these numbers and adds its result
+# to them. They are called the residual stream, since a layer need not pass on what is known
+# already: it contributes only the rest, the residue, that is still missing. A sum also hands its
+# gradient on unchanged, so even the first of many layers gets one that it can learn from (He et al.
+# 2016, "Deep Residual Learning for Image Recognition"). Most parameters are in nn.Linear(m, n): a
+# learned matrix W (n, m) and a bias b (n,), which make n numbers of m, x Wᵀ + b.
 #
 # Dropout sets a random share of numbers to 0 while the model trains, and enlarges the others to
 # keep their mean: after the embeddings (section 3), on the attention weights, and on each layer's
@@ -176,8 +174,8 @@ class GELU(nn.Module):
 #     attention(q, k, v) = softmax(q kᵀ / sqrt(D) + mask) v
 #
 # Why the square root? A score is a sum of D products of either sign, typically sqrt(D) times as
-# large as one product. Softmax of large numbers puts nearly all weight on one token, also when the
-# scores are varied a little: the gradient is almost 0, and nothing is learned.
+# large as one product. Softmax of large numbers puts nearly all weight on one token, and a small
+# change of a score changes hardly anything: its gradient is almost 0, and little is learned.
 #
 # Why the mask? The model has to predict the next token. If a token could see even one of those
 # after it, training would teach it to copy the answer: the loss would fall to almost 0, and the
@@ -201,13 +199,6 @@ def attention(q, k, v, mask, dropout=0.0):
     weights = torch.softmax(scores, dim=-1)  # over the S tokens: each row has the sum 1
     weights = F.dropout(weights, dropout)
     return weights @ v  # (B, H, T, S) @ (B, H, S, D) -> (B, H, T, D)
-
-
-def attention_of_one(q, k, v):
-    """The same for T = 1 on a CPU: sums of products are quicker there than a product by one row."""
-    scores = (q * k).sum(dim=-1, keepdim=True)  # (B, H, S, 1)
-    weights = torch.softmax(scores / math.sqrt(q.shape[-1]), dim=-2)  # it may see all: no mask
-    return (weights * v).sum(dim=-2, keepdim=True)  # (B, H, 1, D)
 
 
 class CausalSelfAttention(nn.Module):
@@ -247,7 +238,7 @@ class CausalSelfAttention(nn.Module):
         dropout = self.config.dropout if self.training else 0.0
         T = q.shape[2]
         S = k.shape[2]
-        if self.config.fused and T == S:
+        if self.config.fused and T == S:  # nothing was read before: is_causal is right only then
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         if self.config.fused and T == 1 and q.is_cpu:
             return attention_of_one(q, k, v)
@@ -255,16 +246,16 @@ class CausalSelfAttention(nn.Module):
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(diagonal=S - T)
         if self.config.fused:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        return attention(q, k, v, mask, dropout)
+        return attention(q, k, v, mask=mask, dropout=dropout)
 
 
 class FeedForward(nn.Module):
     """Work on what a token has gathered, for each by itself: gelu(x W₁ᵀ + b₁) W₂ᵀ + b₂.
     Attention only takes means; here conclusions are drawn from them. Each of the 4C hidden numbers
-    responds to one pattern in a token's C numbers, and says what to add to the stream where it is
-    found. Two thirds of a block's weights are here. Without the GELU between them, two matrices can
-    do no more than one, their product. Four times as wide is what worked for Vaswani et al. 2017,
-    section 3.3. Source: src/model.py, mlp()."""
+    responds to one pattern in a token's C numbers, and where the pattern is found, a row of W₂ᵀ is
+    added to the stream. Two thirds of a block's weights are here. Without the GELU between them,
+    two matrices can do no more than one, their product. The width, 4C, is that of Vaswani et al.
+    2017, section 3.3. Source: src/model.py, mlp()."""
 
     def __init__(self, config):
         super().__init__()
@@ -283,10 +274,10 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Attention between tokens, then the feed-forward network on each: (B, T, C) -> (B, T, C).
     Both read the stream through a LayerNorm of their own. The Transformer of 2017 had LayerNorms on
-    the stream, after each sum, where they rescaled every gradient on its way back: training needed
-    a careful start. With "pre-LayerNorm" the stream is nothing but sums, and training is more
-    stable. Source: GPT-2 paper, section 2.3; Xiong et al. 2020, "On Layer Normalization in the
-    Transformer Architecture"."""
+    the stream, after each sum, where they rescaled every gradient on its way back: it needed a long
+    warm-up (section 5). With "pre-LayerNorm" the stream is nothing but sums: training is steadier.
+    Source: GPT-2 paper, 2.3; Xiong et al. 2020, "On Layer Normalization in the Transformer
+    Architecture"."""
 
     def __init__(self, config, layer=0):
         super().__init__()
@@ -330,18 +321,18 @@ class GPT(nn.Module):
         if self.token_embedding.is_meta:
             return  # a "meta" tensor has a shape and no memory: its numbers will come from a file
         # Each block adds two results to the stream, and the variances of 2 n_layer results add up.
-        # The matrices that make them, all called `projection`, start smaller by sqrt(2 n_layer): so
+        # The matrices that make them, all called `projection`, start divided by sqrt(2 n_layer), so
         # the stream ends at the same size in a model of any depth. Source: GPT-2 paper, 2.3.
         for name, parameter in self.named_parameters():
             if name.endswith("projection.weight"):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
             elif parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)
+                nn.init.normal_(parameter, std=0.02)  # as in src/model.py
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
     def forward(self, tokens, cache=None, last_only=False):
-        """Tokens continue those of a KVCache (section 6); more than the context are a UserError.
+        """cache: tokens come after those that it holds (section 6). Too many are a UserError.
         last_only: compute the logits of the last position alone, (B, 1, V)."""
         start = 0 if cache is None else cache.length
         end = start + tokens.shape[1]
@@ -361,10 +352,11 @@ class GPT(nn.Module):
 # Softmax of the logits gives each token its probability to come next. The probability of a text is
 # the product of those of its tokens, each given the tokens before it, and training makes the texts
 # that people wrote as probable as it can. A logarithm turns the product into a sum, and a minus
-# sign turns "as large as possible" into "as small as possible": the loss is the mean of -log p over
-# all tokens, p being the probability that the model gave to the token that really came. With
-# natural logarithms its unit is the nat. A loss of 3.0 means p = exp(-3.0), 1 in 20; 0 would be
-# certainty. A new model gives every token about 1 / V, so it starts near ln V, 10.8 for GPT-2.
+# sign turns "as large as possible" into "as small as possible" (a product of so many probabilities
+# would be too small to be stored). The loss is the mean of -log p over all tokens, p being the
+# probability that the model gave to the token that really came. With natural logarithms its unit is
+# the nat. A loss of 3.0 means p = exp(-3.0), 1 in 20; 0 would be certainty. A new model gives every
+# token about 1 / V, so it starts near ln V, 10.8 for GPT-2.
 def cross_entropy(logits, targets):
     """The mean of -log softmax(logits)[target], in nats, a scalar; logits (..., V), targets (...).
     By the definition of softmax, -log p is the logarithm of the sum of all exp(logit), called
@@ -376,22 +368,20 @@ def cross_entropy(logits, targets):
 
 # ==================================================================================================
 # 4 Dataset
-# A text is stored as bytes, numbers from 0 to 255: an English letter is one, an é two, an emoji
+# A text is stored as bytes, numbers from 0 to 255: an English letter is one, an é two, most emoji
 # four. The 256 bytes can write any text, but long, and a model reads only so many tokens at once.
 # Byte-pair encoding makes a new token of the most frequent pair of neighbours, and repeats this
 # until the vocabulary is large enough: GPT-2's has the 256 bytes, 50,000 merged pairs, and
 # <|endoftext|>. That one ends each document of the training text. When the model writes it, the
 # text is over; in place of an empty prompt it means "begin a new text". Merging never crosses the
 # border of a word, or "dog.", "dog!" and "dog?" would each become a token. "I'd say 42!" is cut
-# into the words
-#     "I"  "'d"  " say"  " 42"  "!"                     a space goes with the word behind it
-# Source: GPT-2 paper, section 2.2; src/encoder.py.
+# into  "I"  "'d"  " say"  " 42"  "!"  (GPT-2 paper, section 2.2; src/encoder.py).
 END_OF_TEXT = "<|endoftext|>"
 WORDS = (  # a regular expression; \p{L} is any letter, \p{N} any digit
     r"'(?:s|t|re|ve|m|ll|d)|"  # the ends of it's, don't, we're, I've, I'm, we'll, I'd
     r" ?\p{L}+| ?\p{N}+|"  # letters or digits, with the space before them
     r" ?[^\s\p{L}\p{N}]+|"  # other signs
-    r"\s+(?!\S)|\s+"  # "a   b": two of the spaces; the third goes with "b"
+    r"\s+(?!\S)|\s+"  # spaces, but for the last one before a word: it goes with the word
 )
 
 
@@ -400,7 +390,7 @@ def train_bpe(text, vocab_size):
     Fewer if the text has no more pairs; below 256 is a UserError. An example is the text " hug hug
     hugs pug", with the words " hug" (twice), " hugs" and " pug":
 
-        the most frequent pair   u g, 4 times       is token 256, "ug"      the words begin with
+        the most frequent pair   u g, 4 times       is token 256, "ug"      the words are then
         then                     space h, 3 times   is token 257, " h"      " h" "ug", " " p "ug"
         then                     " h" "ug", 3       is token 258, " hug"    " hug", " " p "ug"
 
@@ -409,7 +399,7 @@ def train_bpe(text, vocab_size):
     Machine Translation of Rare Words with Subword Units", algorithm 1."""
     if vocab_size < 256:
         raise UserError(f"a vocabulary of {vocab_size} tokens can't hold the 256 bytes")
-    # Python's re has no \p: there, a letter is a \w that is neither a digit nor an underscore.
+    # Python's re has no \p. There, a letter is almost a \w that is neither a digit nor _ (but ½).
     pattern = WORDS.replace(r"[^\s\p{L}\p{N}]", r"(?:[^\s\w]|_)")
     pattern = pattern.replace(r"\p{L}", r"[^\W\d_]").replace(r"\p{N}", r"\d")
     words = collections.Counter()  # {a word as a tuple of tokens: how often it occurs}
@@ -424,7 +414,7 @@ def train_bpe(text, vocab_size):
         if not pairs:
             break
         pair = max(pairs, key=pairs.get)  # of equally frequent ones, the first in the text
-        ranks.setdefault(pair[0] + pair[1], len(ranks))
+        ranks.setdefault(pair[0] + pair[1], len(ranks))  # "ab" "c" and "a" "bc" make the same
         words = {merge_pair(word, pair): count for word, count in words.items()}
     return ranks
 
@@ -454,7 +444,7 @@ def load_tokenizer(name=None, text=None):
         show(f"{problem}; 1,024 tokens are learned from the text instead")
         name = 1024
     if text is None or not str(name).isdecimal() or int(name) < 257:
-        raise UserError(f"the tokenizer is {name}; it is gpt2 or, for a text, a number from 257 up")
+        raise UserError(f"--tokenizer is {name}; it must be gpt2 or, for a text, 257 or more")
     return make_tokenizer(train_bpe(text, int(name) - 1))
 
 
@@ -468,8 +458,8 @@ def load_tokenizer(name=None, text=None):
 #     window 1, input                   always    thought   Jack     Gis
 #               target                  thought   Jack      Gis      burn
 #
-# When the stride is below the context, windows overlap, and a token is learned at several
-# positions, with more and with less text before it. Otherwise it is learned at one position only.
+# When the stride is below the context, windows overlap, and tokens are learned at more than one
+# position. Else each is learned at one position only, and predicted badly at others.
 class SlidingWindows(Dataset):
     """Item i is (input, target), each int64 (context_length,), from token i * stride on.
     tokens: a tensor, an array or a numpy.memmap, of which only the item's part is read."""
@@ -509,9 +499,10 @@ class SlidingWindows(Dataset):
 # whose gradients keep changing sign hardly moves. Weight decay, the W, also pulls matrices and
 # embeddings towards 0 in each step: a weight stays large only if the data keeps asking for it.
 # Biases and LayerNorms' weights are not decayed: they are too few to learn a text by heart with,
-# and a LayerNorm whose weights were pulled to 0 would hand nothing on.
+# and a LayerNorm with weights near 0 would hand on nothing but its bias.
 def make_optimizer(model, weight_decay):
-    """AdamW. betas, how much of its two means stays in a step, let them span about 10 and 20 steps.
+    """AdamW. Its means are running means: in each step, mean = beta mean + (1 - beta) new number.
+    With betas 0.9 and 0.95, about the last 10 and 20 steps count. fused: all in one loop in C++.
     Source: Brown et al. 2020, "Language Models are Few-Shot Learners", appendix B."""
     matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
@@ -522,9 +513,8 @@ def make_optimizer(model, weight_decay):
 def learning_rate(step, options):
     """The learning rate of step 1, 2, ..., options.steps. Source: Brown et al. 2020, appendix B.
     In the first --warmup steps it rises evenly, from --learning-rate / --warmup to --learning-rate:
-    AdamW's means rest on few gradients then, and full steps would go astray. After that it falls
-    along half a cosine to a tenth: large steps get near a minimum of the loss, small ones
-    settle."""
+    AdamW's means rest on few gradients then, and full steps would go astray. Then it falls along
+    half a cosine to a tenth: large steps get near a minimum of the loss, small ones settle."""
     if step <= options.warmup:
         return options.learning_rate * step / options.warmup
     done = (step - options.warmup) / (options.steps - options.warmup)  # 1 in the last step
@@ -539,26 +529,27 @@ def learning_rate(step, options):
 #
 # Accumulation. backward() adds to the gradients that are there. So a batch that the memory can't
 # hold is read in micro-batches: with each loss divided by their number, the gradients add up to
-# that of the whole batch. --batch-size 4 --accumulate 2 takes the steps of --batch-size 8 (but for
-# what dropout draws), with half the memory for what forward keeps, in somewhat more time.
+# that of the whole batch. --batch-size 4 --accumulate 2 takes the steps of --batch-size 8 (dropout
+# is drawn otherwise), with half the memory for what forward keeps, in somewhat more time.
 #
 # 16 bits. GPUs multiply 16-bit numbers many times as fast as 32-bit ones. Under autocast, PyTorch
 # rounds what goes into matrix products to 16 bits; parameters, their gradients, AdamW's means and
-# the loss stay in float32 (Micikevicius et al. 2018, "Mixed Precision Training"). bfloat16 is
-# float32 with fewer digits. float16 has more digits but a smaller range, and a gradient passes the
-# products as float16 on its way back to the parameters: below 3e-8 it would become 0. So a scaler
-# multiplies the loss, and with it every gradient, by a large number, and divides the parameters'
-# gradients by it before clipping. If one is infinite, the scaler leaves out that step and halves
-# its number.
+# the loss stay in float32 (Micikevicius et al. 2018, "Mixed Precision Training"). bfloat16 has the
+# range of float32 with fewer digits. float16 has more digits than bfloat16 but a smaller range, and
+# on its way back through the products to the parameters a gradient is float16, too: below 3e-8 it
+# would become 0. So a scaler multiplies the loss, and with it every gradient, by a large number, at
+# first 65,536, and divides the parameters' gradients by it before clipping. If a gradient is
+# infinite all the same, the scaler leaves out that step and halves the number.
 #
-# Several processes, one for each GPU, have the same model and optimizer and read different windows.
-# In the last micro-batch's backward, DistributedDataParallel replaces the gradients of each process
-# by their mean over all of them. So all take the same step, and their models stay the same.
+# Several processes, one for each GPU, have the same model and optimizer and read windows of their
+# own. `torchrun --nproc_per_node=2 gpt.py train` starts two. In the last micro-batch's backward,
+# DistributedDataParallel replaces the gradients of each process by their mean over all of them. So
+# all take the same step, and their models stay the same.
 def training_step(model, batches, optimizer, scaler, autocast, clip):
     """One step of the optimizer, on one or more micro-batches -> (loss, norm of the gradient)."""
     total = 0.0
     for number, (inputs, targets) in enumerate(batches, start=1):
-        model.require_backward_grad_sync = number == len(batches)  # only DDP looks at this
+        model.require_backward_grad_sync = number == len(batches)  # for several processes
         with autocast:
             loss = cross_entropy(model(inputs), targets) / len(batches)
         scaler.scale(loss).backward()
@@ -573,26 +564,39 @@ def training_step(model, batches, optimizer, scaler, autocast, clip):
     return total.item() / WORLD_SIZE, norm.item()
 
 
+def draw_batches(windows, step, options, model):
+    """The windows that a step reads, as micro-batches; it also seeds the dropout of the step.
+    Both depend on the seed and the step alone, so a resumed run draws what one that was never
+    stopped would draw. Windows are drawn with replacement. Of N processes, each reads every N-th."""
+    draw = np.random.default_rng((options.seed, step))
+    count = options.batch_size * options.accumulate * WORLD_SIZE
+    numbers = draw.integers(len(windows), size=count)[RANK::WORLD_SIZE]
+    torch.manual_seed(int(draw.integers(2**62)) + RANK)  # for dropout
+    return read_batches(windows, numbers, options.batch_size, model=model)
+
+
 # Time. For each token, each of N weights takes part in one multiplication and one addition: 2
 # operations. backward does that twice more, for the gradients of the weight and of its input: 6 N
 # in all. In each layer, attention adds 2 T C operations for a token's scores, as many for the mean
 # of the values, and twice that in backward: 12 n_layer T C. For 124M with T = 1,024 this makes 0.75
-# and 0.11 billion operations a token: nearly all are spent on the weights.
+# and 0.11 billion operations a token: most are spent on the weights.
 #
 # Memory. A parameter takes 16 bytes: itself, its gradient, and AdamW's two numbers, 2 GB in all for
-# 124M. The rest is what forward keeps for backward, in proportion to B T (attention by hand also
-# keeps its B H T T weights). One copy of the logits in float32 is 4 B T V bytes, 206 MB for a
-# window of 1,024 tokens.
+# 124M. The rest is what forward keeps for backward, mostly in proportion to B T: the logits alone,
+# in float32, are 4 B T V bytes, 206 MB for a window of 1,024 tokens.
 def train(options, run=None):
     """Train a GPT and return it. options: those of the command line (section 8); run: (model,
     tokenizer, state) of resumed_run(), or None for a new run. A user's mistake is a UserError."""
     device, dtype = choose_device(options)
-    model, tokenizer, state = run or new_run(options)
+    if run is None:
+        run = new_run(options)
+    model, tokenizer, state = run
     place(model, device, torch.float32).train()
     windows, validation = read_data(options, tokenizer, model)
     optimizer = make_optimizer(model, options.weight_decay)
-    means = {"state": state["optimizer"]}  # of a resumed run; all else is as the options are now
-    optimizer.load_state_dict(optimizer.state_dict() | means)
+    settings = optimizer.state_dict()
+    settings["state"] = state["optimizer"]  # the means of a resumed run
+    optimizer.load_state_dict(settings)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if state["scaler"]:
@@ -600,22 +604,19 @@ def train(options, run=None):
     learner = nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
     if options.compile:
         learner = torch.compile(learner)
-    batch = options.batch_size * options.accumulate * WORLD_SIZE  # windows of a step
+    batch = options.batch_size * options.accumulate * WORLD_SIZE  # windows in a step
+    tokens = batch * windows.context_length
     log = open_log(options.out, state["step"]) if RANK == 0 else None
 
     for step in range(state["step"] + 1, options.steps + 1):
         started = time.perf_counter()
-        # What is random in a step depends on the seed and the step alone, not on what was drawn
-        # before: a resumed run draws the same windows and the same dropout as one that was never
-        # stopped. Windows are drawn with replacement. Of N processes, each reads every N-th.
-        draw = np.random.default_rng((options.seed, step))
-        numbers = draw.integers(len(windows), size=batch)[RANK::WORLD_SIZE]
-        torch.manual_seed(int(draw.integers(2**62)) + RANK)  # for dropout
-        batches = read_batches(windows, numbers, options.batch_size, model)
+        batches = draw_batches(windows, step, options, model=model)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, options)
-        loss, norm = training_step(learner, batches, optimizer, scaler, autocast, options.clip)
-        # float16's scaler leaves out a step with an infinite gradient; below 1 it can't help.
+        loss, norm = training_step(
+            learner, batches, optimizer, scaler=scaler, autocast=autocast, clip=options.clip
+        )
+        # A scaler below 1 has been halved so often that the gradient itself must be infinite.
         left_out = scaler.is_enabled() and scaler.get_scale() >= 1
         if not math.isfinite(loss) or not (math.isfinite(norm) or left_out):
             raise UserError(f"step {step}: loss {loss}, gradient {norm}; lower --learning-rate")
@@ -630,13 +631,14 @@ def train(options, run=None):
             if val_loss < state["best_val_loss"]:  # best on unseen text: before learning by heart
                 state["best_val_loss"] = val_loss
                 save_checkpoint(Path(options.out, "best.pt"), model, tokenizer)
-        report(log, options, step, loss, val_loss, batch * windows.context_length, took)
+        report(log, options, step, loss=loss, val_loss=val_loss, tokens=tokens, took=took)
         if last or step % options.save_every == 0:
             state |= {"step": step, "options": vars(options), "scaler": scaler.state_dict()}
             state |= {"optimizer": optimizer.state_dict()["state"], "batch": batch}
             # best.pt is only a model; this also has the state from which the run can go on.
             save_checkpoint(Path(options.out, "checkpoint.pt"), model, tokenizer, state)
-            write_text(model.eval(), tokenizer, options.prompt, 40, temperature=0)
+            model.eval()
+            write_text(model, tokenizer, options.prompt, max_new_tokens=40, temperature=0)
             model.train()
     if RANK == 0:
         close_log(log, options, state)
@@ -647,7 +649,7 @@ def train(options, run=None):
 # 6 Decoding
 # Text drawn by the model's own probabilities has blunders in it: each of thousands of unfit tokens
 # is improbable, but together they are drawn now and then. Three settings help. Temperature divides
-# the logits. As p is exp(logit) up to a factor, this raises p to the power 1 / temperature: below 1
+# the logits. As p is proportional to exp(logit), it raises p to the power 1 / temperature: below 1
 # the probable becomes more probable, and 0 stands for taking the most probable token (greedy).
 # Top-k keeps the k most probable tokens (Fan et al. 2018, "Hierarchical Neural Story Generation").
 # Top-p keeps the most probable ones until their sum reaches p: few where the model is sure, many
@@ -683,18 +685,17 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
 
 
 # When a text has grown by one token, this token attends to the keys and values of all before it.
-# Thanks to the mask these never depended on later tokens, so they are exactly what they were: they
-# are kept in a cache, and only the new token, one row, goes through the blocks. A query is used by
-# its own token alone, once, and is not kept. The cache takes 2 n_layer C numbers a token: for 124M,
-# in float32, 72 KiB, and 72 MiB for a full window.
+# Thanks to the mask these never depended on later tokens, so they are what they were: they are kept
+# in a cache, and only the new token, one row, goes through the blocks. A query is used by its own
+# token alone, once, and is not kept. The cache takes 2 n_layer C numbers a token: for 124M, in
+# float32, 72 KiB, and 72 MiB for a full window.
 #
-# Every new token needs every weight, read from memory for two operations with a single row. So
-# memory bounds the speed of decoding, and weights of half the size make it nearly twice as fast. In
-# training, a weight that was read serves all B T rows of a batch: arithmetic bounds that.
+# Every new token needs every weight, read from memory for two operations with a single row. So the
+# speed of memory bounds decoding, and weights of half the size can double it. In training, a weight
+# that was read serves all B T rows of a batch: there the speed of arithmetic is the bound.
 class KVCache:
     """The keys and values of `length` tokens, in buffers that are made once.
-    They are float32 also beside 16-bit weights: there are far fewer of them than of weights, and a
-    CPU sums float32 faster."""
+    They are float32 also beside 16-bit weights: a CPU sums float32 faster."""
 
     def __init__(self, config, batch_size, length=None, device=None):
         room = length or config.context_length
@@ -714,24 +715,23 @@ class KVCache:
 
 
 # A full window has no position for one more token, and it can't drop just its first one: all others
-# would move to new positions, and need new keys and values. So it drops half. The newest
-# context_length / 2 tokens, the new one included, are read afresh at positions 0, 1, ...; then
-# there is room for as many again, and on average a token costs hardly more. With a context of 8:
-#     [ a b c d e f g h ] + i     becomes     [ f g h i . . . . ]
+# would move to new positions, and need new keys and values. So it drops half: the newest half, the
+# new token included, is read afresh at positions 0, 1, ..., which leaves room for as many again. On
+# average a token costs hardly more. [ a b c d e f g h ] + i becomes [ f g h i . . . . ].
 def generate(
     model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos=None, seed=None
 ):
     """Yield the next token of each row, int64 (B,), up to max_new_tokens times.
     prompt: int64 (B, T), of which the newest context_length tokens are read. A row that has
-    produced eos goes on with eos; when all rows have, it ends. seed None: another text each
-    time."""
+    produced eos, the end-of-text token, goes on with it; it ends when all rows have. Without a
+    seed, the text is another one each time."""
     context_length = model.config.context_length
     if prompt.dim() != 2 or prompt.numel() == 0:
-        raise UserError(
-            f"the prompt's shape is {tuple(prompt.shape)}; it must be (B, T), not empty"
-        )
+        raise UserError(f"the prompt is {tuple(prompt.shape)}; it must be (B, T), not empty")
     generator = torch.Generator(prompt.device)
-    generator.manual_seed(generator.seed() if seed is None else seed)
+    generator.seed()  # at random
+    if seed is not None:
+        generator.manual_seed(seed)
     window = prompt[:, -context_length:]  # (B, T)
     room = min(context_length, window.shape[1] + max_new_tokens)
     cache = KVCache(model.config, len(prompt), length=room, device=prompt.device)
@@ -745,7 +745,7 @@ def generate(
             logits = model(unread, cache, last_only=True)[:, -1]  # (B, V)
             if not logits.isfinite().all():
                 raise UserError("the model's logits are not finite: its weights are damaged")
-            token = sample_token(logits, temperature, top_k, top_p, generator)
+            token = sample_token(logits, temperature, top_k=top_k, top_p=top_p, generator=generator)
             if eos is not None:
                 token = token.masked_fill(ended, eos)
                 ended = ended | (token == eos)
@@ -767,7 +767,7 @@ def generate(
 # system reads a part from the disk when that is first used. Loading copies and computes nothing,
 # since OpenAI's matrices differ from ours only in how they are looked at:
 #     nn.Linear             x Wᵀ + b     with W (out, in)
-#     OpenAI's conv1d()     x w + b      with w (1, in, out)
+#     OpenAI's conv1d()     x w + b      with w (in, out)
 # So W is wᵀ, and .t() gives it without moving a number: a view with rows and columns exchanged.
 # c_attn is query, key and value side by side, each a third of the columns.
 GPT2_DATA = "model.ckpt.data-00000-of-00001"
@@ -794,7 +794,7 @@ def map_gpt2(path, config):
     length = 4 * sum(math.prod(shape) for shape in shapes.values())  # in bytes
     if path.stat().st_size != length:
         raise UserError(f"{path} has {path.stat().st_size:,} bytes, not {length:,}; delete it")
-    numbers = torch.from_numpy(np.memmap(path, dtype="<f4", mode="c"))  # "c": nothing is written
+    numbers = torch.from_numpy(np.memmap(path, dtype="<f4", mode="c"))  # the file isn't changed
     variables = {}
     start = 0
     for name, shape in sorted(shapes.items()):
@@ -805,7 +805,7 @@ def map_gpt2(path, config):
 
 def load_gpt2(folder, **changes):
     """OpenAI's GPT, from a folder with hparams.json and model.ckpt.data-00000-of-00001.
-    changes: fields of its GPTConfig to be replaced. A wrong file is a UserError."""
+    changes: fields of its GPTConfig to be replaced. A wrong file raises UserError."""
     config = replace(read_hparams(Path(folder, "hparams.json")), **changes)
     variables = map_gpt2(Path(folder, GPT2_DATA), config)
     weights = {"token_embedding": variables["wte"], "position_embedding": variables["wpe"]}
@@ -824,7 +824,7 @@ def load_gpt2(folder, **changes):
             weights[f"blocks.{n}.norm_{i}.bias"] = variables[f"h{n}/ln_{i}/b"]
     with torch.device("meta"):
         model = GPT(config)
-    model.load_state_dict(weights, assign=True)
+    model.load_state_dict(weights, assign=True)  # these tensors themselves, not copies
     return model.eval()
 
 
@@ -920,7 +920,7 @@ def download_gpt2(size, folder, url):
                 torch.hub.download_url_to_file(source, f"{new}/{name}", progress=bar)
             load_gpt2(new)  # a UserError if they are not what they should be
         except (OSError, ValueError, http.client.HTTPException) as error:
-            raise UserError(f"{source}: {error}; check the address, or try again") from error
+            raise UserError(f"{url}/{size}: {error}; check the address, or try again") from error
         for name in names:
             os.replace(f"{new}/{name}", Path(folder, name))
 
@@ -952,7 +952,7 @@ def choose_device(options):
 
 
 def set_up_cpu():
-    """Make PyTorch quicker on a CPU, with the same results; to be called before a model is used.
+    """Make PyTorch quicker on a CPU, but for rounding with the same results; call it before use.
     glibc, the C library, gives large buffers back to the system and fetches them anew in each step:
     it is told to keep them. Of its two libraries for products of float32, PyTorch takes the faster,
     oneDNN, only if that may round to bfloat16. Most processors don't round all the same; one that
@@ -968,6 +968,13 @@ def set_up_cpu():
     x = torch.rand(512, 512)
     if not torch.equal(x @ torch.eye(512), x):
         products.fp32_precision = before
+
+
+def attention_of_one(q, k, v):
+    """attention() of one query, T = 1. On a CPU, this is quicker than two products of matrices."""
+    scores = (q * k).sum(dim=-1, keepdim=True)  # (B, H, S, 1)
+    weights = torch.softmax(scores / math.sqrt(q.shape[-1]), dim=-2)  # it may see all: no mask
+    return (weights * v).sum(dim=-2, keepdim=True)  # (B, H, 1, D)
 
 
 def place(model, device, dtype):
@@ -1004,7 +1011,8 @@ def read_data(options, tokenizer, model):
     if RANK == 0:
         size = sum(parameter.numel() for parameter in model.parameters())
         show(f"{size:,} parameters learn from {len(windows):,} windows of {windows.context_length}")
-    return windows, read_batches(validation, range(len(validation)), options.batch_size, model)
+    numbers = range(len(validation))
+    return windows, read_batches(validation, numbers, options.batch_size, model=model)
 
 
 def read_batches(windows, numbers, batch_size, model):
@@ -1154,7 +1162,9 @@ def sample(options):
         if options.samples > 1:
             print(f"--- sample {index + 1} ---")
         seed = options.seed + index
-        count += write_text(model, tokenizer, text, options.tokens, seed=seed, **dials)
+        count += write_text(
+            model, tokenizer, text, max_new_tokens=options.tokens, seed=seed, **dials
+        )
     seconds = time.perf_counter() - started
     show(f"{count} tokens in {seconds:.2f} s: {count / seconds:.1f} tokens per second")
 
@@ -1167,6 +1177,7 @@ def number(kind, low, high=1e18):
             raise ValueError
         return kind(text)
 
+    # argparse shows this name in its message.
     convert.__name__ = f"{'whole number' if kind is int else 'number'} from {low:g} to {high:g}"
     return convert
 
@@ -1269,7 +1280,7 @@ def main(argv=None):
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        fail("stopped; train --resume goes on from the last checkpoint", status=130)
+        fail("stopped; a training run goes on from its last checkpoint with --resume", status=130)
     except (UserError, OSError) as error:
         fail(error)
     except (RuntimeError, MemoryError) as error:
