@@ -920,7 +920,7 @@ def download_gpt2(size, folder, url):
                 torch.hub.download_url_to_file(source, f"{new}/{name}", progress=bar)
             load_gpt2(new)  # a UserError if they are not what they should be
         except (OSError, ValueError, http.client.HTTPException) as error:
-            raise UserError(f"{url}/{size}: {error}; check the address, or try again") from error
+            raise UserError(f"{url}/{size} failed ({error}); check it, or try again") from error
         for name in names:
             os.replace(f"{new}/{name}", Path(folder, name))
 

@@ -1,15 +1,12 @@
-"""What is true of a GPT, in the order of gpt.py. Each test states a fact and checks it.
-
-Every fact is known in a second way: from a formula in NumPy and float64, from counted frequencies,
-from a computation that is repeated without the cache, or from TensorFlow. The numbers in gpt.py's
-worked examples are read from its text and checked, too. No test uses the network. What needs
-GPT-2's vocabulary or OpenAI's weights is skipped where they are not at hand.
+"""What is true of a GPT and of the program around it, in the order of gpt.py. Each test states a fact
+and checks it in a way of its own: by NumPy in float64, by counted frequencies, without the cache, by
+TensorFlow. The numbers in gpt.py's worked examples are read from its text. No test uses the network.
+What needs GPT-2's vocabulary or OpenAI's weights is skipped where they are not at hand.
 
     python -m pytest -q
 """
 
 import csv
-import dataclasses
 import functools
 import hashlib
 import http.server
@@ -19,48 +16,43 @@ import json
 import math
 import multiprocessing
 import os
-import random
 import re
-import shutil
-import signal
+import shlex
 import subprocess
 import sys
 import threading
 import time
-import types
+from dataclasses import astuple, replace
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # TensorFlow shall be silent
-for protocol in ("http_proxy", "https_proxy"):  # no proxy is there: the network fails at once
-    os.environ[protocol] = "http://127.0.0.1:9"
+os.environ["http_proxy"] = os.environ["https_proxy"] = "http://127.0.0.1:9"  # no proxy is there
 os.environ["no_proxy"] = "127.0.0.1"
+os.environ |= {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}  # in other processes
 
 import numpy as np
 import pytest
 import tiktoken
 import torch
-import torch.nn.functional as F
 
 import gpt
 
 torch.set_num_threads(1)  # these models are too small to be shared by several cores
 
-HERE = Path(gpt.__file__).parent
 SOURCE = Path(gpt.__file__).read_text(encoding="utf-8")
 TINY = gpt.GPTConfig(vocab_size=61, context_length=12, n_embd=24, n_head=3, n_layer=2)
-SHAPES = {
-    "3 heads": TINY,
-    "1 head": gpt.GPTConfig(vocab_size=300, context_length=7, n_embd=8, n_head=1, n_layer=1),
-    "5 heads": gpt.GPTConfig(vocab_size=61, context_length=16, n_embd=30, n_head=5, n_layer=3),
-}
-several_shapes = pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
+FLAT = gpt.GPTConfig(vocab_size=300, context_length=7, n_embd=8, n_head=1, n_layer=1)
+DEEP = gpt.GPTConfig(vocab_size=23, context_length=16, n_embd=12, n_head=3, n_layer=12)
+three_shapes = pytest.mark.parametrize("config", [TINY, FLAT, DEEP], ids=["tiny", "flat", "deep"])
 both_arithmetics = pytest.mark.parametrize("fused", [True, False], ids=["fused", "by hand"])
 
 
 def random_model(config=TINY, **changes):
     """A GPT, not in training, whose parameters have left their first values: no bias is 0."""
     torch.manual_seed(0)
-    model = gpt.GPT(dataclasses.replace(config, **changes)).eval()
+    model = gpt.GPT(replace(config, **changes)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.2)
@@ -68,22 +60,8 @@ def random_model(config=TINY, **changes):
 
 
 def random_tokens(*shape, below=TINY.vocab_size):
+    """The same tokens for the same shape, each time."""
     return torch.randint(below, shape, generator=torch.Generator().manual_seed(1))
-
-
-def reciter(tokens, vocab_size):
-    """A GPT that says tokens[p] at position p, whatever it has read.
-    Its blocks add nothing to the stream, and each position points at the token to be said."""
-    torch.manual_seed(0)
-    config = gpt.GPTConfig(vocab_size, context_length=len(tokens), n_embd=64, n_head=1, n_layer=1)
-    model = gpt.GPT(config).eval()
-    directions = F.normalize(torch.randn(vocab_size, 64))
-    with torch.no_grad():
-        for parameter in model.blocks.parameters():
-            parameter.zero_()
-        model.token_embedding.copy_(directions)
-        model.position_embedding.copy_(100 * directions[torch.tensor(tokens)])
-    return model
 
 
 def continuation(model, prompt, count, **settings):
@@ -99,106 +77,36 @@ def softmax(x):
 
 def assert_close(actual, expected, tolerance):
     """No number differs by more than the tolerance times the largest number that is expected."""
-    actual = torch.as_tensor(actual).detach().numpy()
-    expected = torch.as_tensor(expected).detach().numpy()
+    actual = torch.as_tensor(actual).detach().double().numpy()
+    expected = torch.as_tensor(expected).detach().double().numpy()
     assert actual.shape == expected.shape
     assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max()
 
 
-Namespace = types.SimpleNamespace
+# For the plumbing
+HERE = Path(gpt.__file__).parent
+os.environ["PYTHONPATH"] = str(HERE)  # in other processes
 LESSON = "The quick brown fox jumps over the lazy dog. " * 12
-SHAPE = "--context 16 --n-layer 1 --n-head 2 --n-embd 32 --batch-size 4 --device cpu"
-SMALL = f"{SHAPE} --tokenizer 280"
+SHAPE = "--context 16 --n-layer 1 --n-head 2 --n-embd 32"
+PACE = "--batch-size 4 --stride 12 --steps 2 --warmup 5 --eval-every 20 --save-every 80"
+BARE = f"train --data lesson.txt --val-fraction 0.1 --prompt Hey --device cpu {SHAPE} {PACE}"
+TRAIN = f"{BARE} --tokenizer 280"  # of options that are given twice, the last counts
+RANDOM = f"{TRAIN} --dropout 0.2 --accumulate 2 --eval-every 3 --save-every 7"
+ONE_WINDOW = f"{TRAIN} --stride 1000000 --batch-size 1"
+PACKED = f"{BARE} --tokenizer gpt2 --n-embd 8 --data tokens.bin"
+RESUME = "train --resume"
+RECITE = "sample --checkpoint model.pt --device cpu --prompt A --temperature 0"
+LAST = Path("out/checkpoint.pt")  # of a run without --out
+HPARAMS = "hparams.json"
+DATA = "model.ckpt.data-00000-of-00001"
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="kills, or counts kilobytes")
 
 
-def run(capsys, *arguments):
-    """What `python gpt.py ARGUMENTS` writes to standard output (.out) and standard error (.err)."""
-    capsys.readouterr()
-    gpt.main([str(argument) for argument in arguments])
-    return capsys.readouterr()
-
-
-def refusal(capsys, *arguments):
-    """The last line on standard error, `gpt.py: error: ...`, of a command that ends in status 2."""
-    with pytest.raises(SystemExit) as ending:
-        run(capsys, *arguments)
-    assert ending.value.code == 2
-    error = capsys.readouterr().err
-    assert error.splitlines()[-1].startswith("gpt.py: error: ") and "Traceback" not in error
-    return error.splitlines()[-1]
-
-
-def start(*command, **environment):
-    """`python COMMAND` in a process of its own, with pipes for what it prints."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""} | environment
-    command = [sys.executable, *(str(argument) for argument in command)]
-    return subprocess.Popen(
-        command, cwd=HERE, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-
-
-def finish(process):
-    """(status, standard output, standard error) of a process that ends by itself."""
-    try:
-        output, error = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    return process.returncode, output.decode("utf-8"), error.decode("utf-8")
-
-
-def wait_for(condition, is_alive):
-    """Return as soon as the condition holds, which it must within a minute of a live process."""
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert is_alive() and time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-def log(out):
-    """The rows of log.csv as dicts, without the speed, which no two runs share."""
-    with open(out / "log.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [{name: row[name] for name in row if name != "tokens_per_second"} for row in rows]
-
-
-def count_rows(out):
-    return len(log(out)) if (out / "log.csv").exists() else 0
-
-
-def losses(out):
-    return np.array([float(row["train_loss"]) for row in log(out)])
-
-
-def weights(path):
-    return gpt.load_checkpoint(path)[0].state_dict()
-
-
-def training_state(out):
-    return gpt.load_checkpoint(out / "checkpoint.pt")[2]
-
-
-def first_means(out):
-    """AdamW's running means of the gradients, of all parameters side by side."""
-    means = training_state(out)["optimizer"]
-    return torch.cat([means[number]["exp_avg"].flatten() for number in sorted(means)])
-
-
-def names(folder):
-    return {file.name for file in folder.iterdir()}
-
-
-@pytest.fixture
-def lesson(tmp_path):
-    """The command that trains a very small GPT on one sentence, into tmp_path/out."""
-    (tmp_path / "lesson.txt").write_text(LESSON)
-    return ["train", "--data", tmp_path / "lesson.txt", "--out", tmp_path / "out", *SMALL.split()]
-
-
-@pytest.fixture
-def begun(lesson, tmp_path, capsys):
-    """The folder of such a run after two steps of three."""
-    run(capsys, *lesson, "--steps", 2, "--warmup", 1)
-    return tmp_path / "out"
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Each test works in a folder of its own, which has the lesson in it."""
+    monkeypatch.chdir(tmp_path)
+    Path("lesson.txt").write_text(LESSON)
 
 
 @pytest.fixture
@@ -210,17 +118,75 @@ def vocabulary():
         pytest.skip(f"tiktoken can't get GPT-2's vocabulary: {error}")
 
 
-@pytest.fixture
-def offline(tmp_path, monkeypatch):
-    """A machine on which tiktoken has never got GPT-2's vocabulary, and can't get it."""
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
-    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+def run(capsys, command, *more):
+    """What `python gpt.py COMMAND MORE` writes to standard output (.out) and error (.err)."""
+    capsys.readouterr()
+    gpt.main([*shlex.split(command), *more])
+    return capsys.readouterr()
+
+
+def refusal(capsys, command, status=2):
+    """The last line on standard error, `gpt.py: error: ...`, of a command that ends with status."""
+    with pytest.raises(SystemExit) as ending:
+        run(capsys, command)
+    error = capsys.readouterr().err
+    assert ending.value.code == status and "Traceback" not in error
+    assert error.splitlines()[-1].startswith("gpt.py: error: ")
+    return error.splitlines()[-1]
+
+
+def python(*command):
+    """(standard output, standard error) of `python COMMAND` in a process of its own."""
+    how = {"capture_output": True, "encoding": "utf-8", "timeout": 120}
+    done = subprocess.run([sys.executable, *command], check=False, **how)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+def fork(command, rows=None):
+    """`python gpt.py COMMAND` in a process that is there at once, from its start to its end.
+    With rows, the end is a kill, as soon as log.csv has so many."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["gpt", "torch._dynamo"])
+    process = context.Process(target=gpt.main, args=(command.split(),))
+    process.start()
+    if rows is not None:
+        while len(log()) < rows:
+            assert process.is_alive()
+            time.sleep(0.01)
+        process.kill()
+    process.join()
+
+
+def log(out="out"):
+    """The rows of log.csv as dicts, without the speed, which no two runs share."""
+    if not Path(out, "log.csv").exists():
+        return []
+    with open(Path(out, "log.csv"), newline="") as file:
+        return [row | {"tokens_per_second": None} for row in csv.DictReader(file)]
+
+
+def losses(out="out"):
+    return np.array([float(row["train_loss"]) for row in log(out)])
+
+
+def weights(path=LAST):
+    """All parameters of a checkpoint, side by side."""
+    return torch.nn.utils.parameters_to_vector(gpt.load_checkpoint(path)[0].parameters())
+
+
+def training_state(out="out"):
+    return gpt.load_checkpoint(Path(out, "checkpoint.pt"))[2]
+
+
+def first_means(out="out"):
+    """AdamW's running means of the gradients, of all parameters side by side."""
+    states = training_state(out)["optimizer"]
+    return torch.cat([states[number]["exp_avg"].flatten() for number in sorted(states)])
 
 
 # ==================================================================================================
 # 1 Config
-
-
 SIZES = {"124M": 124_439_808, "355M": 354_823_168, "774M": 774_030_080, "1558M": 1_557_611_200}
 
 
@@ -228,7 +194,6 @@ SIZES = {"124M": 124_439_808, "355M": 354_823_168, "774M": 774_030_080, "1558M":
 def test_gpt2_has_the_published_number_of_parameters(size):
     """OpenAI's four models differ in C, H and blocks; the tied output head has none of its own."""
     config = gpt.GPT2_CONFIGS[size]
-    assert (config.vocab_size, config.context_length) == (50257, 1024)
     assert config.n_embd == 64 * config.n_head
     with torch.device("meta"):  # shapes without memory
         model = gpt.GPT(config)
@@ -247,36 +212,20 @@ def test_an_impossible_shape_is_refused():
 
 # ==================================================================================================
 # 2 Layers
-
-
 @both_arithmetics
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-11), ("float16", 2e-3)])
-def test_layernorm_brings_each_token_to_mean_0_and_variance_1(dtype, tolerance, fused):
-    """(x - mean) / sqrt(variance + 1e-5) * weight + bias, over C; variance divides by C.
-    In float16, which ends at 65,504, the squares of numbers around 1,000 must not overflow."""
-    layer = gpt.LayerNorm(dataclasses.replace(TINY, fused=fused)).to(getattr(torch, dtype))
-    rng = np.random.default_rng(0)
-    spread = 0.02 if dtype == "float64" else 1000  # the 1e-5 matters, or the squares are large
-    x, weight, bias = (rng.normal(2, s, size=(5, 24)).astype(dtype) for s in (spread, 1, 1))
-    layer.load_state_dict({"weight": torch.tensor(weight[0]), "bias": torch.tensor(bias[0])})
-    y = layer(torch.tensor(x))
-    assert y.dtype == getattr(torch, dtype)
-    x, weight, bias = (numbers.astype(float) for numbers in (x, weight[0], bias[0]))
-    deviation = np.sqrt(x.var(axis=-1, keepdims=True) + 1e-5)
-    assert_close(y, (x - x.mean(axis=-1, keepdims=True)) / deviation * weight + bias, tolerance)
-
-
-@both_arithmetics
-def test_gelu_is_gpt2s_formula_with_tanh(fused):
-    """0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x³))): near the exact GELU, but not the same."""
-    layer = gpt.GELU(dataclasses.replace(TINY, fused=fused))
-    x = np.linspace(-6, 6, 121)
-    expected = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-    assert_close(layer(torch.tensor(x)), expected, 1e-13)
+def test_layernorm_brings_each_token_to_mean_0_and_variance_1(fused):
+    """Whatever they were before, also in float16, where the square of 1,000 is too large."""
+    torch.manual_seed(0)
+    layer = gpt.LayerNorm(replace(TINY, fused=fused)).to(torch.float16)
+    y = layer(300 + 1000 * torch.randn(5, 24, dtype=torch.float16))
+    assert y.dtype == torch.float16
+    y = y.double().detach().numpy()
+    assert y.mean(axis=-1) == pytest.approx(np.zeros(5), abs=1e-3)
+    assert y.var(axis=-1) == pytest.approx(np.ones(5), abs=1e-3)
 
 
 def numpy_attention(q, k, v):
-    """(scores, weights, result) by the formula: token S - T + i has query i and sees up to itself."""
+    """(scores, weights, result) by the formula: query i is token S - T + i and sees up to it."""
     T, D = q.shape[-2:]
     S = k.shape[-2]
     scores = q @ np.swapaxes(k, -1, -2) / np.sqrt(D)
@@ -287,57 +236,24 @@ def numpy_attention(q, k, v):
 
 def test_the_worked_example_of_attention_is_right():
     """The table above attention() shows q, k, v, scores, weights and results of three tokens."""
-    lines = SOURCE.split("\ndef attention(")[0].splitlines()[-3:]
-    numbers = [re.findall(r"-inf|[0-9.]+", line.replace("∞", "inf")) for line in lines]
+    pair = r"\([\d.]+, [\d.]+\)"
+    lines = [line for line in SOURCE.splitlines() if len(re.findall(pair, line)) == 4]
+    numbers = [re.findall(r"-inf|[\d.]+", line.replace("∞", "inf")) for line in lines]
     table = np.array(numbers, dtype=float)
-    q, k, v, scores, weights, result = np.split(table, [2, 4, 6, 9, 12], axis=1)
-    expected = numpy_attention(q, k, v)
-    np.testing.assert_allclose(scores, expected[0], atol=0.005)  # two decimals are shown
-    np.testing.assert_allclose(weights, expected[1], atol=0.0051)
-    np.testing.assert_allclose(result, expected[2], atol=0.005)
-    q, k, v = torch.tensor(np.stack([q, k, v])).view(3, 1, 1, 3, 2)  # B = H = 1
-    computed = gpt.attention(q, k, v, torch.ones(3, 3, dtype=torch.bool).tril())
-    assert_close(computed[0, 0], expected[2], 1e-14)
+    q, k, v, *shown = np.split(table, [2, 4, 6, 9, 12], axis=1)
+    for columns, expected in zip(shown, numpy_attention(q, k, v), strict=True):
+        np.testing.assert_allclose(columns, expected, atol=0.0051)  # two decimals are shown
 
 
-@both_arithmetics
-@pytest.mark.parametrize("T", [7, 3, 1])
-def test_attention_is_its_formula_in_every_head(T, fused):
-    """softmax(q kᵀ / sqrt(D) + mask) v, for T new tokens among 7, by hand and by the kernels."""
-    rng = np.random.default_rng(0)
-    q = rng.normal(size=(2, 3, T, 8))
-    k = rng.normal(size=(2, 3, 7, 8))
-    v = rng.normal(size=(2, 3, 7, 8))
-    layer = gpt.CausalSelfAttention(dataclasses.replace(TINY, fused=fused))
-    result = layer.attend(torch.tensor(q), torch.tensor(k), torch.tensor(v))
-    assert_close(result, numpy_attention(q, k, v)[2], 1e-14)
-
-
-@both_arithmetics
-@several_shapes
-def test_every_layer_keeps_the_shape_of_the_stream(config, fused):
-    """(B, T, C) goes into every layer and comes out of it; only the GELU works on 4 C channels."""
-    model = random_model(config, fused=fused)
-    seen = []
-    for layer in model.modules():
-        layer.register_forward_hook(lambda layer, x, y: seen.append((type(layer), x[0], y)))
-    assert model(random_tokens(2, 6)).shape == (2, 6, config.vocab_size)
-    for kind in (gpt.LayerNorm, gpt.CausalSelfAttention, gpt.FeedForward, gpt.GELU):
-        shape = (2, 6, config.n_embd * (4 if kind is gpt.GELU else 1))
-        shapes = [(x.shape, y.shape) for layer, x, y in seen if layer is kind]
-        count = 2 * config.n_layer + 1 if kind is gpt.LayerNorm else config.n_layer
-        assert shapes == [(shape, shape)] * count
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-12)])
-@several_shapes
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@three_shapes
 def test_the_hand_written_arithmetic_is_that_of_the_kernels(config, dtype, tolerance):
     """With fused=True and fused=False the logits and the gradients of all parameters agree."""
-    tokens = random_tokens(3, config.context_length + 1)
+    tokens = random_tokens(3, config.context_length + 1, below=config.vocab_size)
     logits = []
     gradients = []
     for fused in (True, False):
-        model = random_model(config, fused=fused).to(getattr(torch, dtype))
+        model = random_model(config, fused=fused).to(dtype)
         logits.append(model(tokens[:, :-1]))
         gpt.cross_entropy(logits[-1], tokens[:, 1:]).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
@@ -346,58 +262,17 @@ def test_the_hand_written_arithmetic_is_that_of_the_kernels(config, dtype, toler
 
 
 @both_arithmetics
-def test_the_gradient_is_the_slope_of_the_loss(fused):
-    """A small step along a random direction changes the loss by gradient times direction."""
-    model = random_model(fused=fused).double()
-    tokens = random_tokens(3, 13)
-    start = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
-    direction = torch.randn(start.shape, dtype=torch.float64)
-
-    def loss_at(step):
-        torch.nn.utils.vector_to_parameters(start + step * direction, model.parameters())
-        return gpt.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:])
-
-    gradients = torch.autograd.grad(loss_at(0.0), list(model.parameters()))
-    expected = (loss_at(1e-5) - loss_at(-1e-5)).item() / 2e-5
-    slope = torch.nn.utils.parameters_to_vector(gradients) @ direction
-    assert abs(expected) > 0.1
-    assert slope.item() == pytest.approx(expected, rel=1e-6)
-
-
-@both_arithmetics
-@pytest.mark.parametrize("pieces", [[12], [5, 7], [1] * 12], ids=str)
-def test_no_token_sees_those_behind_it(pieces, fused):
-    """Another token at t leaves all logits before t as they were, and changes those from t on."""
+def test_no_token_sees_those_behind_it(fused):
+    """Another token at t changes the logits from t on, and leaves those before t as they were."""
     model = random_model(fused=fused)
-
-    def read(tokens):
-        if len(pieces) == 1:
-            return model(tokens)
-        cache = gpt.KVCache(model.config, batch_size=2)
-        return torch.cat([model(piece, cache) for piece in tokens.split(pieces, dim=1)], dim=1)
-
     tokens = random_tokens(2, 12)
-    before = read(tokens)
     for t in range(12):
         changed = tokens.clone()
         changed[:, t] = (changed[:, t] + 1) % TINY.vocab_size
-        same = (read(changed) == before).all(dim=-1)  # (B, T)
+        same = (model(changed) == model(tokens)).all(dim=-1)  # (B, T)
         assert same.tolist() == [[position < t for position in range(12)]] * 2
 
 
-@both_arithmetics
-def test_no_gradient_reaches_a_later_position(fused):
-    """The logits at t depend on the embeddings of positions 0 to t, and on no other."""
-    model = random_model(fused=fused)
-    for t in range(12):
-        logits = model(random_tokens(1, 12))
-        gradient = torch.autograd.grad(logits[0, t].square().sum(), model.position_embedding)[0]
-        reached = gradient.abs().amax(dim=-1) > 0
-        assert reached.tolist() == [position <= t for position in range(12)]
-
-
-# Dropout sets a share of numbers to 0 in training and divides the others by 1 - that share, so that
-# sums stay as large as they were. The tests count the zeros, where it acts.
 DROPOUT = 0.3
 WIDE = gpt.GPTConfig(61, context_length=64, n_embd=64, n_head=1, n_layer=1, dropout=DROPOUT)
 
@@ -412,149 +287,133 @@ def assert_dropped(dropped, plain):
 
 
 @both_arithmetics
-@pytest.mark.parametrize("T", [64, 32])
-def test_dropout_acts_on_the_attention_weights(T, fused):
-    """With equal keys all weights are equal, and with v the identity, the result is the weights."""
-    layer = gpt.CausalSelfAttention(dataclasses.replace(WIDE, fused=fused))
-    q = torch.ones(20, 1, T, 64)  # T new tokens among 64
-    k = torch.ones(20, 1, 64, 64)
+def test_dropout_acts_on_the_attention_weights(fused):
+    """With equal keys all weights are equal, and where v is the identity, they are the result."""
+    torch.manual_seed(0)
+    layer = gpt.CausalSelfAttention(replace(WIDE, fused=fused))
+    q = k = torch.ones(20, 1, 64, 64)
     v = torch.eye(64).expand(20, 1, 64, 64)
-    seen = torch.ones(T, 64, dtype=torch.bool).tril(diagonal=64 - T).expand(20, 1, T, 64)
-    plain = layer.eval().attend(q, k, v)
-    assert_dropped(layer.train().attend(q, k, v)[seen], plain[seen])
+    seen = torch.ones(20, 1, 64, 64, dtype=torch.bool).tril()
+    assert_dropped(layer.train().attend(q, k, v)[seen], layer.eval().attend(q, k, v)[seen])
 
 
-def test_dropout_acts_after_the_embeddings():
-    """What goes into the first block has lost a share of its numbers, in training only."""
+def test_dropout_acts_on_the_embeddings_and_on_what_is_added_to_the_stream():
+    """It acts before the first block, and on the results of attention and feed-forward network.
+    A projection of 0 leaves only its bias, whatever dropout does to the attention weights."""
     model = random_model(WIDE)
-    inputs = []
-    model.blocks[0].register_forward_pre_hook(lambda block, args: inputs.append(args[0]))
-    tokens = random_tokens(8, 64)
-    model.eval()(tokens)
-    model.train()(tokens)
-    assert_dropped(inputs[1], inputs[0])
-
-
-def test_dropout_acts_on_what_is_added_to_the_stream():
-    """The results of attention and of the feed-forward network. A text of a single token has a
-    single attention weight; a projection of 0 leaves the bias alone, whatever becomes of it."""
-    block = random_model(WIDE).blocks[0]
+    block = model.blocks[0]
     torch.nn.init.zeros_(block.attention.projection.weight)
     x = torch.randn(500, 1, 64)
     for layer in (block.attention, block.feed_forward):
         assert_dropped(layer.train()(x), layer.eval()(x))
-
-
-@both_arithmetics
-def test_dropout_is_for_training_only(fused):
-    """Otherwise it is as if dropout were 0. In training it is drawn anew each time."""
-    tokens = random_tokens(2, 9)
-    model = random_model(dropout=0.5, fused=fused)
-    assert torch.equal(model(tokens), random_model(fused=fused)(tokens))
-    model.train()
-    assert not torch.equal(model(tokens), model(tokens))
+    inputs = []
+    block.register_forward_pre_hook(lambda block, args: inputs.append(args[0]))
+    for training in (True, False):
+        model.train(training)(random_tokens(8, 64))
+    assert_dropped(inputs[0], inputs[1])
 
 
 # ==================================================================================================
 # 3 Model
-
-
 def test_a_new_model_begins_as_gpt2_did():
-    """Matrices are N(0, 0.02²), those that add to the stream 1 / sqrt(2 n_layer) of it, biases 0."""
+    """Biases are 0, matrices N(0, 0.02²), smaller by sqrt(2 n_layer) if they add to the stream."""
     torch.manual_seed(0)
     model = gpt.GPT(gpt.GPTConfig(500, context_length=64, n_embd=128, n_head=4, n_layer=8))
-    into_the_stream = []
-    for block in model.blocks:
-        into_the_stream.append(block.attention.projection.weight)
-        into_the_stream.append(block.feed_forward.projection.weight)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             gain = "norm" in name and name.endswith("weight")
             assert parameter.unique().tolist() == [1.0 if gain else 0.0], name
-            continue
-        smaller = any(parameter is matrix for matrix in into_the_stream)
-        expected = 0.02 / math.sqrt(2 * 8) if smaller else 0.02
-        assert parameter.std().item() == pytest.approx(expected, rel=0.05), name
-        assert abs(parameter.mean().item()) < 0.05 * expected, name
+        else:
+            adds = name.endswith(("attention.projection.weight", "feed_forward.projection.weight"))
+            expected = 0.02 / math.sqrt(2 * 8) if adds else 0.02
+            assert parameter.std().item() == pytest.approx(expected, rel=0.05), name
+            assert abs(parameter.mean().item()) < 0.05 * expected, name
 
 
-def test_the_output_head_is_the_table_of_the_embeddings():
-    """One parameter has V rows, and each logit is the product of one of them with the stream.
-    last_only computes those of the last position, and no others."""
-    model = random_model()
-    shapes = [tuple(parameter.shape) for parameter in model.parameters()]
-    assert shapes.count((61, 24)) == 1
-    stream = []
-    model.final_norm.register_forward_hook(lambda layer, args, output: stream.append(output))
-    tokens = random_tokens(2, 6)
-    logits = model(tokens)
-    assert_close(logits, stream[0] @ model.token_embedding.T, 1e-6)
-    assert_close(model(tokens, last_only=True), logits[:, -1:], 1e-6)
+def numpy_loss(logits, targets):
+    """The mean of -log softmax(logits)[target]: (..., V), (...) -> a number."""
+    p = np.take_along_axis(softmax(logits), targets[..., None], axis=-1)
+    return -np.log(p).mean()
 
 
 def test_the_loss_is_the_mean_of_minus_the_logarithm_of_the_probability():
-    """-mean(ln softmax(logits)[target]); its gradient is (softmax - one-hot) / number of tokens."""
+    """Its gradient is (softmax - one-hot) / number of tokens, also where exp(logit) is infinite.
+    Logits of 16 bits are widened first: bfloat16 would make 6.906 of ln 1000."""
     x = np.random.default_rng(0).normal(size=(4, 5, 11))
-    targets = random_tokens(4, 5, below=11)
-    one_hot = np.eye(11)[targets]
+    x[0] *= 10_000
+    targets = x.argmax(axis=-1)  # where the logits are huge, the others have the probability 0
+    targets[1:] = random_tokens(3, 5, below=11)
     logits = torch.tensor(x, requires_grad=True)
-    loss = gpt.cross_entropy(logits, targets)
+    loss = gpt.cross_entropy(logits, torch.tensor(targets))
     loss.backward()
-    assert loss.shape == ()
-    expected = -np.log((softmax(x) * one_hot).sum(axis=-1)).mean()
-    assert loss.item() == pytest.approx(expected, rel=1e-12)
-    assert_close(logits.grad, (softmax(x) - one_hot) / 20, 1e-13)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_loss_of_huge_logits_is_finite_and_right(dtype):
-    """exp(10000) would be infinite; and the loss is in float32 whatever the logits are."""
-    size = 9984.0  # bfloat16 has this number
-    logits = torch.tensor([size, -size, 0.0, size], dtype=dtype, requires_grad=True)
-    for target, distance in enumerate([0.0, 2 * size, size, 0.0]):
-        loss = gpt.cross_entropy(logits, torch.tensor(target))
-        assert loss.dtype == torch.float32
-        # The two best share the probability: ln 2. Float32 has steps of 0.001 there.
-        assert loss.item() == pytest.approx(math.log(2) + distance, abs=0.002)
-        assert torch.autograd.grad(loss, logits)[0].isfinite().all()
-    equal = torch.zeros(1000, dtype=dtype)  # ln 1000 is 6.908; bfloat16 would round it to 6.906
-    assert gpt.cross_entropy(equal, torch.tensor(7)).item() == pytest.approx(math.log(1000), 1e-5)
+    assert loss.item() == pytest.approx(numpy_loss(x, targets), rel=1e-12)
+    assert_close(logits.grad, (softmax(x) - np.eye(11)[targets]) / 20, 1e-13)
+    loss = gpt.cross_entropy(torch.zeros(1000, dtype=torch.bfloat16), torch.tensor(7))
+    assert loss.item() == pytest.approx(math.log(1000), rel=1e-6)
 
 
 # ==================================================================================================
 # 4 Dataset
+def pieces(ranks, text):
+    """The tokens into which tiktoken, with these ranks, cuts a text."""
+    tokenizer = gpt.make_tokenizer(ranks)
+    return [tokenizer.decode([token]) for token in tokenizer.encode(text)]
 
 
 def test_a_text_is_cut_into_words_before_pairs_are_merged():
-    """ "I'd say 42!" is five words, as the comment shows, and no token crosses their borders."""
-    comment = re.search(r'("I" .*"!")', SOURCE)[1]
-    words = re.findall(r'"(.*?)"', comment)
-    pattern = gpt.WORDS.replace(r"[^\s\p{L}\p{N}]", "[^ a-z0-9]")  # for ASCII, re can do it
-    pattern = pattern.replace(r"\p{L}", "[a-z]").replace(r"\p{N}", "[0-9]")
-    assert re.findall(pattern, "I'd say 42!", re.IGNORECASE) == words
-    learned = [token.decode() for token in list(gpt.train_bpe("I'd say 42!", 300))[256:]]
-    assert all(any(token in word for word in words) for token in learned)
-    assert {word for word in words if len(word) > 1} <= set(learned)
+    """No token crosses the border of a word: learned until no pair is left, each word is a token.
+    train_bpe() cuts by Python's regular expressions as tiktoken does by its own."""
+    example = ["I", "'d", " say", " 42", "!"]
+    assert "  ".join(f'"{word}"' for word in example) in SOURCE
+    other = ["naïve", "_", "café", " ", " (", "über", ").", "\n", "x", "__", "12", " “", "Ça"]
+    for words in (example, other):
+        text = "".join(words)
+        assert pieces(gpt.train_bpe(text, 400), text) == words
 
 
 def test_the_worked_example_of_byte_pairs_is_right():
-    """The docstring of train_bpe() shows a text, the three tokens learned from it, and a new word."""
+    """The docstring of train_bpe() shows three tokens that are learned, and how words are cut."""
     docstring = " ".join(gpt.train_bpe.__doc__.split())
-    text = re.search(r'the text "(.*?)"', docstring)[1]
-    found = re.findall(r'(\d) (?:times )?is token (\d+), "(.*?)"', docstring)
-    assert len(found) == 3
-    for count, _, token in found:
-        assert text.count(token) == int(count)
-    tokens = [token.encode() for _, _, token in found]
-    ranks = gpt.train_bpe(text, 259)
-    assert list(ranks)[256:] == tokens
-    assert [ranks[token] for token in tokens] == [int(number) for _, number, _ in found]
-    tokenizer = tiktoken.Encoding(
-        "example", pat_str=gpt.WORDS, mergeable_ranks=ranks, special_tokens={}
-    )
-    word, first, rest = re.search(r'"( \w+)" becomes "(.*?)" ([a-z ]+)\.', docstring).groups()
-    pieces = tokenizer.decode_tokens_bytes(tokenizer.encode(word))
-    assert [piece.decode() for piece in pieces] == [first, *rest.split()]
+    text = " hug hug hugs pug"
+    assert f'"{text}"' in docstring
+    found = re.findall(r'(\d)[a-z ,]* (\d{3}), "(.*?)"', docstring)
+    assert [int(number) for _, number, _ in found] == [256, 257, 258]
+    assert [text.count(token) for _, _, token in found] == [int(count) for count, _, _ in found]
+    assert list(gpt.train_bpe(text, 259))[256:] == [token.encode() for _, _, token in found]
+    rows = {'" h" "ug", " " p "ug"': 258, '" hug", " " p "ug"': 259, '" hug" g i n g': 259}
+    for row, size in rows.items():
+        assert row in docstring
+        for word in row.split(", "):
+            tokens = shlex.split(word)  # without the quotation marks
+            assert pieces(gpt.train_bpe(text, size), "".join(tokens)) == tokens
+
+
+def test_byte_pair_learning_ends_when_no_pair_is_left():
+    """Until then, the most frequent one is merged; of equally frequent ones, the first one."""
+    assert list(gpt.train_bpe("hug", 256)) == [bytes([byte]) for byte in range(256)]
+    assert list(gpt.train_bpe("ab cd cd", 300))[256:] == [b" c", b" cd", b"ab"]
+    assert list(gpt.train_bpe("aaaaa", 300))[256:] == [b"aa", b"aaaa", b"aaaaa"]
+    with pytest.raises(gpt.UserError, match="255"):
+        gpt.train_bpe("hug", 255)
+
+
+@pytest.mark.parametrize("stride", [1, 3, 4, 7])
+@pytest.mark.parametrize("length", [3, 4, 5, 30])
+def test_windows_slide_by_the_stride_and_targets_are_one_token_ahead(length, stride):
+    """Window i starts at i * stride; there are as many as fit together with their last target."""
+    tokens = np.arange(65_500, 65_500 + length)
+    for data in (torch.tensor(tokens), tokens.astype("<u2")):
+        windows = gpt.SlidingWindows(data, context_length=4, stride=stride)
+        starts = [start for start in range(0, length, stride) if start + 4 + 1 <= length]
+        assert len(windows) == len(starts)
+        for index, start in enumerate(starts):
+            inputs, targets = windows[index]
+            assert inputs.dtype == targets.dtype == torch.int64
+            assert inputs.tolist() == tokens[start : start + 4].tolist()
+            assert targets.tolist() == tokens[start + 1 : start + 5].tolist()
+        for index in (-1, len(starts)):
+            with pytest.raises(IndexError):
+                windows[index]
 
 
 def test_the_story_is_the_edition_that_the_figures_are_of():
@@ -563,154 +422,48 @@ def test_the_story_is_the_edition_that_the_figures_are_of():
     assert digest == "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f"
 
 
-def test_the_story_is_5145_tokens_of_gpt2(vocabulary):
-    """Read by the tokenizer that load_tokenizer gives, which is GPT-2's."""
-    assert len(gpt.load_tokenizer().encode((HERE / "the-verdict.txt").read_text())) == 5_145
-
-
-def test_byte_pair_learning_merges_the_most_frequent_pair_first():
-    """The 256 bytes, then what was learned: u+g (20 times), space+p (17 times), u+n (16 times)."""
-    text = " hug" * 10 + " pug" * 5 + " pun" * 12 + " bun" * 4 + " hugs" * 5
-    ranks = gpt.train_bpe(text, 259)
-    assert list(ranks) == [bytes([byte]) for byte in range(256)] + [b"ug", b" p", b"un"]
-    assert list(ranks.values()) == list(range(259))
-
-
-def test_byte_pair_learning_stops_when_no_pair_is_left():
-    """ "hi" has one pair, so its vocabulary has 257 tokens, however many are asked for."""
-    assert list(gpt.train_bpe("hi", 300))[256:] == [b"hi"]
-    assert list(gpt.train_bpe("", 300))[256:] == []
-
-
-def test_a_vocabulary_holds_at_least_the_256_bytes():
-    """Fewer are an error."""
-    assert len(gpt.train_bpe("hug", 256)) == 256
-    with pytest.raises(gpt.UserError, match="255"):
-        gpt.train_bpe("hug", 255)
-
-
-def test_no_learned_token_crosses_the_border_of_a_word():
-    """A space goes with the word behind it; letters, digits and other signs stay apart."""
-    ranks = gpt.train_bpe("I'd say 42! " * 50, 300)
-    assert set(list(ranks)[256:]) == {b"'d", b" s", b" sa", b" say", b" 4", b" 42", b" I"}
-
-
-def test_a_learned_vocabulary_works_in_tiktoken_and_loses_nothing():
-    """tiktoken encodes with the learned ranks, in half the tokens, and decodes to the same text."""
-    text = "The more the merrier: naïve cafés, ☕ and 123 more.\n\n" * 20
-    ranks = gpt.train_bpe(text, 280)
-    words = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-    learned = tiktoken.Encoding("", pat_str=words, mergeable_ranks=ranks, special_tokens={})
-    assert len(ranks) == 280 and len(learned.encode(text)) < len(text.encode()) / 2
-    for each in (text, "Ünseen \U0001f600 text", ""):
-        assert learned.decode(learned.encode(each)) == each
-
-
-def test_a_tokenizer_of_n_tokens_is_learned_from_the_text():
-    """The last of the N is <|endoftext|>."""
-    tokenizer = gpt.load_tokenizer(280, LESSON)
-    assert tokenizer.n_vocab == 280
-    assert tokenizer.encode("<|endoftext|>", allowed_special="all") == [279]
-
-
-def test_offline_a_vocabulary_is_learned_and_a_line_says_so(offline, lesson, tmp_path, capsys):
-    """It has 1,024 tokens at most, and decodes what it encodes."""
-    command = lesson[: lesson.index("--tokenizer")]
-    assert "1,024 tokens are learned from the text" in run(capsys, *command, "--steps", 1).err
-    tokenizer = gpt.load_checkpoint(tmp_path / "out" / "checkpoint.pt")[1]
+def test_offline_a_vocabulary_is_learned_unless_gpt2s_is_meant(capsys, monkeypatch):
+    """A line says so. Where only GPT-2's will do, an error names the variable that helps."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "empty")
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})  # what was loaded before is forgotten
+    assert "1,024 tokens are learned from the text" in run(capsys, BARE).err
+    tokenizer = gpt.load_checkpoint(LAST)[1]
     assert 257 < tokenizer.n_vocab <= 1024
     assert tokenizer.decode(tokenizer.encode(LESSON)) == LESSON
-
-
-@pytest.mark.parametrize("reason", ["--tokenizer gpt2", "--data x.bin", "--gpt2 124M", "processes"])
-def test_offline_it_is_an_error_where_gpt2s_vocabulary_is_meant(
-    reason, offline, lesson, tmp_path, capsys, monkeypatch
-):
-    """The line names the variable that tells tiktoken where the vocabulary is."""
-    command = lesson[: lesson.index("--tokenizer")]
-    monkeypatch.chdir(tmp_path)
     Path("x.bin").write_bytes(bytes(100))
-    options = Namespace(gpt2="124M", gpt2_folder="gpt2", gpt2_url="http://127.0.0.1:9")
-    if reason == "--gpt2 124M":
-        with pytest.raises(gpt.UserError, match="TIKTOKEN_CACHE_DIR"):
-            gpt.open_gpt2(options)
-        return
-    if reason == "processes":
-        monkeypatch.setattr(gpt, "WORLD_SIZE", 2)
-        options = gpt.make_parsers()[0].parse_args([str(argument) for argument in command])
-        with pytest.raises(gpt.UserError, match="TIKTOKEN_CACHE_DIR"):
-            gpt.train(options)
-        return
-    assert "TIKTOKEN_CACHE_DIR" in refusal(capsys, *command, *reason.split())
+    for reason in ("--tokenizer gpt2", "--data x.bin", "--gpt2 124M"):
+        command = f"train --data lesson.txt --out new {reason}"
+        assert "TIKTOKEN_CACHE_DIR" in refusal(capsys, command)
+    monkeypatch.setattr(gpt, "WORLD_SIZE", 2)  # processes might learn different vocabularies
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda **options: None)
+    assert "TIKTOKEN_CACHE_DIR" in refusal(capsys, f"{BARE} --out new")
 
 
-@pytest.mark.parametrize("source", ["tensor", "memmap"])
-@pytest.mark.parametrize("stride", [1, 3, 4, 7])
-@pytest.mark.parametrize("length", [3, 4, 5, 30])
-def test_windows_slide_by_the_stride_and_targets_are_one_token_ahead(
-    length, stride, source, tmp_path
-):
-    """Window i starts at i * stride; there are as many as fit together with their last target."""
-    tokens = np.arange(65_500, 65_500 + length).astype("<u2")
-    tokens.tofile(tmp_path / "tokens.bin")
-    data = torch.from_numpy(tokens.astype(np.int64))
-    if source == "memmap":
-        data = np.memmap(tmp_path / "tokens.bin", dtype="<u2", mode="r")
-    windows = gpt.SlidingWindows(data, context_length=4, stride=stride)
-    starts = [start for start in range(0, length, stride) if start + 4 + 1 <= length]
-    assert len(windows) == len(starts)
-    for index, start in enumerate(starts):
-        inputs, targets = windows[index]
-        assert inputs.dtype == targets.dtype == torch.int64
-        assert inputs.tolist() == tokens[start : start + 4].tolist()
-        assert targets.tolist() == tokens[start + 1 : start + 5].tolist()
-    for index in (-1, len(starts)):
-        with pytest.raises(IndexError):
-            windows[index]
-
-
-@pytest.fixture
-def packed(lesson, vocabulary, tmp_path):
-    """The command that trains on the lesson's tokens as raw uint16, and these tokens."""
+def test_a_bin_file_trains_as_the_text_that_it_was_made_from(vocabulary, capsys):
+    """Raw uint16 tokens give the very losses of the text. One that is outside the vocabulary is
+    a mistake when it is read, not before: nothing reads the file ahead."""
     tokens = np.array(vocabulary.encode(LESSON), dtype="<u2")
-    tokens.tofile(tmp_path / "tokens.bin")
-    command = [*lesson, "--n-embd", 8, "--tokenizer", "gpt2", "--val-fraction", 0]
-    return [*command, "--data", tmp_path / "tokens.bin"], tokens
-
-
-def test_a_bin_file_trains_as_the_text_that_it_was_made_from(packed, lesson, tmp_path, capsys):
-    """Raw uint16 tokens give the very losses of the text."""
-    run(capsys, *packed[0], "--steps", 3)
-    run(capsys, *packed[0], "--steps", 3, *lesson[1:3], "--out", tmp_path / "text")
-    assert log(tmp_path / "out") == log(tmp_path / "text")
-
-
-def test_a_token_outside_the_vocabulary_is_an_error_when_its_window_is_read(
-    packed, tmp_path, capsys
-):
-    """The line names it; the steps before were taken, for nothing reads the file ahead."""
-    command, tokens = packed
+    tokens.tofile("tokens.bin")
+    run(capsys, f"{PACKED} --eval-every 1")
+    run(capsys, f"{PACKED} --eval-every 1 --data lesson.txt --out text")
+    assert log() == log("text") and len(log()) == 2
     tokens[0] = 50257
-    tokens.tofile(tmp_path / "tokens.bin")
-    line = refusal(capsys, *command, "--batch-size", 1, "--stride", 16, "--steps", 99)
-    assert "50257" in line and 0 < count_rows(tmp_path / "out") < 99
+    tokens.tofile("tokens.bin")
+    line = refusal(capsys, f"{PACKED} --batch-size 1 --stride 16 --steps 99 --out bad")
+    assert "50257" in line and 0 < len(log("bad")) < 99
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs sparse files, and memory in kilobytes")
-def test_memory_does_not_grow_with_the_data(packed, tmp_path):
+@linux_only
+def test_memory_does_not_grow_with_the_data(vocabulary):
     """2 GB of tokens take as much as 20 MB of them do."""
-    path = tmp_path / "tokens.bin"
-    command = [str(argument) for argument in packed[0]]
-    command += ["--steps", "2", "--val-fraction", "0.1", "--out"]
     code = f"""if True:
         import gpt, resource
         for size in (2 * 10**7, 2 * 10**9):
-            open({str(path)!r}, "wb").truncate(size)
-            gpt.main({command} + [f"{tmp_path}/{{size}}"])
+            open("tokens.bin", "wb").truncate(size)
+            gpt.main("{PACKED} --out".split() + [str(size)])
             print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"""
-    status, output, error = finish(start("-c", code))
-    path.unlink()
-    assert status == 0, error
+    output, _ = python("-c", code)
+    os.remove("tokens.bin")
     small, large = [int(peak) for peak in re.findall(r"^peak (\d+)", output, re.MULTILINE)]
     assert large - small < 100_000  # kilobytes
 
@@ -719,356 +472,221 @@ def test_memory_does_not_grow_with_the_data(packed, tmp_path):
 # 5 Training
 
 
+def test_adamw_has_the_betas_of_gpt3_and_decays_matrices_and_embeddings_alone(capsys):
+    """A rate of 1e-9 and a decay of 1e9 leave nothing of these, and gains and biases as they were.
+    The steps are those of a resumed run: there, too, --weight-decay counts."""
+    run(capsys, TRAIN)
+    model, _, _ = gpt.load_checkpoint(LAST, mapped=False)
+    groups = gpt.make_optimizer(model, weight_decay=0.1).param_groups
+    assert [group["betas"] for group in groups] == [(0.9, 0.95), (0.9, 0.95)]
+    run(capsys, f"{RESUME} --steps 6 --learning-rate 1e-9 --weight-decay 1e9")
+    decayed, _, _ = gpt.load_checkpoint(LAST)
+    for before, after in zip(model.parameters(), decayed.parameters(), strict=True):
+        expected = before if before.dim() == 1 else torch.zeros_like(before)
+        torch.testing.assert_close(after, expected, rtol=0, atol=1e-6)
+
+
 def test_the_learning_rate_rises_evenly_and_falls_along_a_cosine():
     """From a quarter of the highest in 4 steps; half-way down after 5 more, a tenth after 10."""
-    options = Namespace(steps=14, warmup=4, learning_rate=0.01)
+    options = SimpleNamespace(steps=14, warmup=4, learning_rate=0.01)
     corners = {1: 0.0025, 2: 0.005, 4: 0.01, 9: 0.0055, 14: 0.001}
     assert {step: gpt.learning_rate(step, options) for step in corners} == pytest.approx(corners)
-    rates = [gpt.learning_rate(step, options) for step in range(4, 15)]
-    assert rates == sorted(rates, reverse=True)
-    assert gpt.learning_rate(1, Namespace(steps=1, warmup=0, learning_rate=0.01)) > 0
-    assert gpt.learning_rate(1, Namespace(steps=1, warmup=20, learning_rate=0.01)) == 0.0005
-
-
-def test_adamw_looks_back_on_10_gradients_and_20_squares():
-    """Its betas are 0.9 and 0.95."""
-    model = gpt.GPT(gpt.GPTConfig(vocab_size=9, n_embd=4, n_head=1, n_layer=1))
-    for group in gpt.make_optimizer(model, weight_decay=0.1).param_groups:
-        assert group["betas"] == (0.9, 0.95)
-
-
-def test_weight_decay_is_for_matrices_and_embeddings_alone(begun, tmp_path, capsys):
-    """A step with decay 2 moves these by rate * 2 * weight more; gains and biases as without.
-    The step is that of a resumed run: there, too, --weight-decay counts."""
-    before = weights(begun / "checkpoint.pt")
-    after = []
-    for decay in (0, 2):
-        out = shutil.copytree(begun, tmp_path / f"{decay}")
-        run(capsys, "train", "--resume", "--out", out, "--steps", 3, "--weight-decay", decay)
-        after.append(weights(out / "checkpoint.pt"))
-    rate = float(log(out)[-1]["learning_rate"])
-    assert rate > 0
-    for name, weight in before.items():
-        expected = after[0][name] - (rate * 2 * weight if weight.dim() == 2 else 0)
-        torch.testing.assert_close(after[1][name], expected, rtol=0, atol=1e-7)
+    for warmup, expected in ((0, 0.001), (1, 0.01), (20, 0.0005)):
+        options = SimpleNamespace(steps=1, warmup=warmup, learning_rate=0.01)
+        assert gpt.learning_rate(1, options) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_clipping_shortens_the_gradient_and_keeps_its_direction(dtype, lesson, tmp_path, capsys):
+def test_clipping_shortens_the_gradient_and_keeps_its_direction(dtype, capsys):
     """--clip 0.01 lets a gradient of that norm through, seen in AdamW's first mean.
     In float16 the gradient is divided by the scale before it is clipped."""
-    gradients = []
-    for clip in (1e9, 0.01):
-        out = tmp_path / f"{clip}"
-        run(capsys, *lesson, "--steps", 1, "--clip", clip, "--dtype", dtype, "--out", out)
-        gradients.append(first_means(out) / (1 - 0.9))
-    long, short = gradients
+    for clip in ("1e9", "0.01"):
+        run(capsys, f"{TRAIN} --steps 1 --dtype {dtype} --clip {clip} --out {clip}")
+    long = first_means("1e9") / (1 - 0.9)  # the mean of 0 and the gradient, by a beta of 0.9
+    short = first_means("0.01") / (1 - 0.9)
     assert 0.1 < long.norm() < 10
     assert short.norm().item() == pytest.approx(0.01, rel=1e-3)
     torch.testing.assert_close(short, long * 0.01 / long.norm(), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("arithmetic", [[], ["--from-scratch"]], ids=["fused", "from scratch"])
-def test_a_tiny_model_learns_a_sentence_by_heart(arithmetic, lesson, tmp_path, capsys):
+@pytest.mark.parametrize("arithmetic", ["", "--from-scratch"])
+def test_a_tiny_model_learns_a_sentence_by_heart(arithmetic, capsys):
     """train, then sample from the checkpoint: two words bring back the whole sentence."""
-    options = "--steps 150 --learning-rate 0.01 --stride 5 --val-fraction 0 --prompt Hey"
-    printed = run(capsys, *lesson, *options.split(), *arithmetic)
-    assert printed.out.startswith("Hey")
-    assert losses(tmp_path / "out")[0] == pytest.approx(math.log(280), abs=0.3)
-    assert losses(tmp_path / "out")[-1] < 0.1
-    checkpoint = tmp_path / "out" / "checkpoint.pt"
-    assert gpt.load_checkpoint(checkpoint)[0].config.fused is not bool(arithmetic)
-    sample = ["sample", "--checkpoint", checkpoint, "--prompt", "The quick", "--temperature", 0]
-    assert run(capsys, *sample, "--tokens", 60).out.startswith(LESSON[:54])
+    run(capsys, f"{TRAIN} --steps 150 --learning-rate 0.01 --stride 5 {arithmetic}")
+    assert losses()[0] == pytest.approx(math.log(280), abs=0.3) and losses()[-1] < 0.1
+    assert gpt.load_checkpoint(LAST)[0].config.fused is not bool(arithmetic)
+    printed = run(capsys, "sample --temperature 0 --tokens 60 --prompt 'The quick'")
+    assert printed.out.startswith(LESSON[:54])
 
 
-def test_training_logs_every_step_and_goes_on(lesson, tmp_path, capsys):
-    """train, then train --resume with more steps: log.csv and the checkpoint count the steps."""
-    out = tmp_path / "out"
-    run(capsys, *lesson, "--steps", 6, "--eval-every", 4)
-    rows = log(out)
-    header = (out / "log.csv").read_text().splitlines()[0]
-    assert header == "step,train_loss,val_loss,learning_rate,tokens_per_second"
-    assert [row["step"] for row in rows] == list("123456")
-    assert [row["step"] for row in rows if row["val_loss"]] == ["4", "6"]
-    assert names(out) == {"checkpoint.pt", "best.pt", "log.csv"}
-    assert training_state(out)["step"] == 6
-    out = out.rename(tmp_path / "moved")
-    run(capsys, "train", "--resume", "--out", out, "--steps", 8)
-    assert log(out)[:6] == rows and count_rows(out) == training_state(out)["step"] == 8
-    assert names(tmp_path) == {"lesson.txt", "moved"}
+def losses_times(factors):
+    """A cross_entropy whose results are multiplied by these factors, one a call.
+    When they are used up, it raises StopIteration, which no part of gpt.py expects."""
+    real = gpt.cross_entropy
+    left = iter(factors)
+    return lambda logits, targets: next(left) * real(logits, targets)
 
 
 def assert_same_run(one, other):
-    """Every loss, every weight and AdamW's means are the same, to the bit."""
+    """Every loss, every weight, AdamW's means and float16's scale are the same, to the bit."""
     assert log(one) == log(other)
+    assert training_state(one)["scaler"] == training_state(other)["scaler"]
+    assert torch.equal(first_means(one), first_means(other))
     for name in ("checkpoint.pt", "best.pt"):
-        first = weights(one / name)
-        second = weights(other / name)
-        assert first.keys() == second.keys()
-        assert all(torch.equal(first[key], second[key]) for key in first)
-    first = training_state(one)
-    second = training_state(other)
-    assert first["scaler"] == second["scaler"]
-    assert len(first["optimizer"]) == len(second["optimizer"]) > 0
-    for number, numbers in first["optimizer"].items():
-        for name in ("exp_avg", "exp_avg_sq"):
-            assert torch.equal(numbers[name], second["optimizer"][number][name])
-
-
-RANDOM = [
-    "--dropout",
-    "0.2",
-    "--accumulate",
-    "2",
-    "--eval-every",
-    "3",
-    "--save-every",
-    "7",
-    "--val-fraction",
-    "0.2",
-]
-
-
-class PowerCut(Exception):
-    """What no except clause of the program expects."""
+        assert torch.equal(weights(Path(one, name)), weights(Path(other, name)))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_run_that_died_goes_on_to_the_bit(dtype, lesson, tmp_path, capsys, monkeypatch):
+def test_a_run_that_died_goes_on_to_the_bit(dtype, capsys, monkeypatch):
     """Dropout, windows, accumulation, scale: three deaths between checkpoints leave no trace."""
-    command = [*lesson, *RANDOM, "--steps", 40, "--dtype", dtype]
-    run(capsys, *command, "--out", tmp_path / "whole")
-    real = gpt.cross_entropy
+    command = f"{RANDOM} --steps 40 --dtype {dtype}"
+    run(capsys, f"{command} --out whole")
     for calls in (30, 35, 30):  # a step takes two, a validation some
-        left = iter(range(calls))
-
-        def dying(logits, targets, left=left):
-            if next(left, None) is None:
-                raise PowerCut
-            return real(logits, targets)
-
-        with monkeypatch.context() as patch, pytest.raises(PowerCut):
-            patch.setattr(gpt, "cross_entropy", dying)
-            run(capsys, *command)
-        command = ["train", "--resume", "--out", tmp_path / "out"]
-    run(capsys, *command)
-    assert_same_run(tmp_path / "whole", tmp_path / "out")
+        with monkeypatch.context() as patch, pytest.raises(StopIteration):
+            patch.setattr(gpt, "cross_entropy", losses_times([1] * calls))
+            run(capsys, command)
+        command = RESUME
+    run(capsys, command)
+    assert_same_run("out", "whole")
 
 
-def test_a_killed_process_goes_on_to_the_bit(lesson, tmp_path):
+@linux_only
+def test_a_killed_process_goes_on_to_the_bit():
     """Also where several threads share the work, in a model that is large enough for it."""
-    threads = {"OMP_NUM_THREADS": "4"}
-    larger = ["--context", "64", "--batch-size", "8", "--n-embd", "128", "--steps", "40"]
-    command = [HERE / "gpt.py", *lesson, *RANDOM, *larger]
-    whole = start(*command, "--out", tmp_path / "whole", **threads)
-    process = start(*command, **threads)
-    wait_for(lambda: count_rows(tmp_path / "out") >= 18, lambda: process.poll() is None)
-    process.kill()
-    process.communicate()
-    assert count_rows(tmp_path / "out") < 40, "it was to be killed before the end"
-    assert finish(whole)[0] == 0
-    again = start(HERE / "gpt.py", "train", "--resume", "--out", tmp_path / "out", **threads)
-    assert finish(again)[0] == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "out")
+    larger = f"{RANDOM} --context 64 --batch-size 8 --n-embd 128 --steps 14"
+    fork(larger, rows=8)
+    assert len(log()) < 14, "it was to be killed before the end"
+    for command in (RESUME, f"{larger} --out whole"):
+        fork(command)
+    assert_same_run("out", "whole")
 
 
-ONE_WINDOW = [
-    "--stride",
-    "1000000",
-    "--batch-size",
-    "1",
-    "--learning-rate",
-    "0",
-    "--dropout",
-    "0.5",
-]
+def test_the_windows_of_a_step_depend_on_the_seed_and_the_step_alone(capsys, monkeypatch):
+    """Neither the model, nor dropout, nor a sample in between has a part in it."""
+    monkeypatch.setattr(gpt, "read_batches", Mock(wraps=gpt.read_batches))
+    for out, options in enumerate(("", "--dropout 0.5 --n-embd 8 --save-every 1", "--seed 2")):
+        run(capsys, f"{TRAIN} --seed 1 --steps 4 --val-fraction 0 --out {out} {options}")
+    read = [tuple(call.args[1]) for call in gpt.read_batches.call_args_list]
+    one, again, other = read[1:5], read[6:10], read[11:15]  # before them, none for validation
+    assert one == again and len({*one, *other}) == 8
 
 
-def test_dropout_draws_anew_in_every_step(lesson, tmp_path, capsys):
+def test_dropout_draws_anew_in_every_step(capsys):
     """One window again and again, and a learning rate of 0: only dropout makes the losses differ.
     It does so after a validation and after a sample, too, which both do without it."""
-    run(capsys, *lesson, *ONE_WINDOW, "--steps", 9, "--eval-every", 2, "--save-every", 3)
-    assert len(set(losses(tmp_path / "out"))) == 9
-    assert len({row["val_loss"] for row in log(tmp_path / "out") if row["val_loss"]}) == 1
+    options = "--learning-rate 0 --dropout 0.5 --steps 9 --eval-every 2 --save-every 3"
+    run(capsys, f"{ONE_WINDOW} {options}")
+    assert len(set(losses())) == 9
+    assert len({row["val_loss"] for row in log() if row["val_loss"]}) == 1
 
 
-def test_every_process_draws_dropout_of_its_own(lesson, tmp_path, capsys, monkeypatch):
-    """Process 0 and process 1 read the same window, and have the same loss only without dropout."""
-    for dropout, different in ((0.0, 1), (0.5, 2)):
-        seen = []
-        real = gpt.cross_entropy
-
-        def spy(logits, targets, real=real, seen=seen):
-            seen.append(real(logits, targets))
-            return seen[-1]
-
-        for rank in (0, 1):
-            with monkeypatch.context() as patch:
-                patch.setattr(gpt, "cross_entropy", spy)
-                patch.setattr(gpt, "RANK", rank)
-                options = ["--val-fraction", 0, "--dropout", dropout, "--batch-size", 1 + rank]
-                out = tmp_path / f"{dropout} {rank}"
-                run(capsys, *lesson, *ONE_WINDOW, *options, "--steps", 1, "--out", out)
-        assert len(seen) == 2 and len({loss.item() for loss in seen}) == different
+@pytest.mark.parametrize("dropout", [0, 0.5])
+def test_every_process_draws_dropout_of_its_own(dropout, monkeypatch):
+    """Processes 0 and 1 read the same window, and learn the same from it only without dropout."""
+    learned = []
+    for rank in (0, 1):
+        monkeypatch.setattr(gpt, "RANK", rank)
+        command = f"{ONE_WINDOW} --batch-size {1 + rank} --dropout {dropout} --out {rank}"
+        options = gpt.make_parsers()[0].parse_args(command.split())
+        learned.append(gpt.train(options).token_embedding)
+    assert torch.equal(*learned) == (dropout == 0)
 
 
-def test_a_batch_can_be_cut_into_micro_batches_and_processes(lesson, tmp_path, capsys):
+def test_a_batch_can_be_cut_into_micro_batches_and_processes(capsys):
     """8 windows, 4 twice, 4 in each of two processes, compiled or not: the same losses and means.
     Only the first of the processes prints. What they have saved, one process goes on with."""
-    command = [*lesson, "--steps", 6, "--clip", 1e9, "--out"]
-    code = "import functools, torch, gpt\n"
-    code += "torch.compile = functools.partial(torch.compile, backend='eager')\n"
-    (tmp_path / "compiled.py").write_text(code + "gpt.main()")
-    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    path = {"PYTHONPATH": str(HERE)}
-    pair = start(*two, HERE / "gpt.py", *command, tmp_path / "pair")
-    compiled = start(
-        *two, tmp_path / "compiled.py", *command, tmp_path / "compiled", "--compile", **path
-    )
-    run(capsys, *command, tmp_path / "whole", "--batch-size", 8)
-    run(capsys, *command, tmp_path / "accumulated", "--accumulate", 2)
-    for process in (pair, compiled):
-        status, output, error = finish(process)
-        assert status == 0, error
-        assert output.count("I HAD") == error.count("step 6/6") == 1
-    run(capsys, "train", "--resume", "--steps", 9, "--out", tmp_path / "whole")
-    for name in ("accumulated", "pair", "compiled"):
-        again = ["--batch-size", 4, "--accumulate", 2, "--steps", 9, "--out", tmp_path / name]
-        run(capsys, "train", "--resume", *again)
-        np.testing.assert_allclose(losses(tmp_path / name), losses(tmp_path / "whole"), atol=1e-5)
-        expected = first_means(tmp_path / "whole")
-        torch.testing.assert_close(first_means(tmp_path / name), expected, rtol=0, atol=1e-5)
-
-
-def test_a_compiled_model_learns_and_loads_like_any_other(lesson, tmp_path, capsys, monkeypatch):
-    """torch.compile gets the model, and the checkpoint has the usual names."""
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    run(capsys, *lesson, "--steps", 2, "--out", tmp_path / "plain")
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    run(capsys, *lesson, "--steps", 2, "--compile")
-    assert graphs
-    np.testing.assert_allclose(losses(tmp_path / "out"), losses(tmp_path / "plain"), atol=1e-5)
-    assert (
-        weights(tmp_path / "out/checkpoint.pt").keys() == weights(tmp_path / "out/best.pt").keys()
-    )
+    command = f"{TRAIN} --steps 6 --clip 1e9 --out"
+    run(capsys, f"{command} whole --batch-size 8")
+    run(capsys, f"{command} halves --accumulate 2")
+    code = """if True:
+        import functools, sys, torch, gpt
+        def backend(graph, inputs):
+            print("a compiled graph")
+            return graph.forward
+        torch.compile = functools.partial(torch.compile, backend=backend)
+        leave = torch.distributed.destroy_process_group
+        torch.distributed.destroy_process_group = lambda: None  # they stay together
+        gpt.main([*sys.argv[1:], "pair"])
+        torch.distributed.init_process_group = lambda timeout: None  # for a second run
+        torch.distributed.destroy_process_group = leave
+        gpt.main([*sys.argv[1:], "compiled", "--compile"])"""
+    Path("pair.py").write_text(code)
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "pair.py"]
+    output, error = python(*two, *command.split())
+    assert output.count("Hey") == error.count("step 6/6") == 2 and "a compiled graph" in output
+    for name in ("whole", "halves", "pair", "compiled"):
+        run(capsys, f"{RESUME} --batch-size 4 --accumulate 2 --steps 9 --out {name}")
+        np.testing.assert_allclose(losses(name), losses("whole"), rtol=0, atol=1e-5)
+        torch.testing.assert_close(first_means(name), first_means("whole"), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.03), ("float16", 0.004)])
-def test_16_bits_train_almost_as_32(dtype, tolerance, lesson, tmp_path, capsys):
+def test_16_bits_train_almost_as_32(dtype, tolerance, capsys):
     """The losses are near those of float32, and not the same; the weights stay float32."""
     for name in ("float32", dtype):
-        run(capsys, *lesson, "--steps", 8, "--dtype", name, "--out", tmp_path / name)
-    assert {w.dtype for w in weights(tmp_path / dtype / "checkpoint.pt").values()} == {
-        torch.float32
-    }
-    difference = np.abs(losses(tmp_path / "float32") - losses(tmp_path / dtype))
+        run(capsys, f"{TRAIN} --steps 8 --dtype {name} --out {name}")
+    assert weights(f"{dtype}/checkpoint.pt").dtype == torch.float32
+    difference = np.abs(losses("float32") - losses(dtype))
     assert 0 < difference.max() < tolerance
 
 
-def with_gradients_times(factor, steps):
-    """A cross_entropy whose gradient is multiplied in the first steps, and whose value is right."""
-    real = gpt.cross_entropy
-    numbers = itertools.count(1)
-
-    def patched(logits, targets):
-        if logits.requires_grad and next(numbers) <= steps:
-            logits.register_hook(lambda gradient: gradient * factor)
-        return real(logits, targets)
-
-    return patched
-
-
-def test_float16_leaves_out_a_step_whose_gradient_is_too_large(
-    lesson, tmp_path, capsys, monkeypatch
-):
-    """The scale is halved, AdamW sees nothing, and the next step is taken."""
-    monkeypatch.setattr(gpt, "cross_entropy", with_gradients_times(math.inf, steps=1))
-    command = [*lesson, "--dtype", "float16", "--save-every", 1]
-    run(capsys, *command, "--steps", 1)
-    state = training_state(tmp_path / "out")
-    assert all(means["step"] == 0 for means in state["optimizer"].values())
-    assert state["scaler"]["scale"] == 65536 / 2
-    run(capsys, "train", "--resume", "--out", tmp_path / "out", "--steps", 2)
-    assert first_means(tmp_path / "out").isfinite().all()
-
-
-def test_float16_gives_up_when_the_scale_is_below_1(lesson, tmp_path, capsys, monkeypatch):
-    """65,536 can be halved 16 times; then one line says that the run has diverged."""
-    monkeypatch.setattr(gpt, "cross_entropy", with_gradients_times(math.inf, steps=99))
-    line = refusal(capsys, *lesson, "--dtype", "float16", "--steps", 99)
-    assert "step 17" in line and "--learning-rate" in line
-
-
-def test_a_run_that_diverges_stops_and_goes_on_with_a_lower_learning_rate(
-    lesson, tmp_path, capsys, monkeypatch
-):
-    """The line has the step and the advice; the last good checkpoint stays, and --resume works."""
-    command = [*lesson, "--steps", 4, "--save-every", 2]
+def test_float16_leaves_out_a_step_whose_gradient_is_too_large(capsys, monkeypatch):
+    """The scale is halved, AdamW sees nothing, and the next step is taken.
+    A scale of 65,536 that is below 1 in the end, after 17 such steps, is one line."""
     with monkeypatch.context() as patch:
-        real = gpt.cross_entropy
-        numbers = itertools.count(1)
+        patch.setattr(gpt, "cross_entropy", losses_times([1e30]))
+        run(capsys, f"{TRAIN} --dtype float16 --steps 1 --val-fraction 0")
+    assert first_means().count_nonzero() == 0
+    assert training_state()["scaler"]["scale"] == 65536 / 2
+    run(capsys, f"{RESUME} --steps 2")
+    assert first_means().count_nonzero() > 0 and first_means().isfinite().all()
+    monkeypatch.setattr(gpt, "cross_entropy", losses_times(itertools.repeat(1e30)))
+    assert re.search(r"step 18\b.*--learning-rate", refusal(capsys, f"{RESUME} --steps 99"))
 
-        def broken(logits, targets):
-            return real(logits, targets) * (math.nan if next(numbers) == 3 else 1)
 
-        patch.setattr(gpt, "cross_entropy", broken)
-        line = refusal(capsys, *command, "--val-fraction", 0)
+@pytest.mark.parametrize("factor", [math.nan, 3e37], ids=["loss", "gradient"])
+def test_a_run_that_diverged_goes_on_with_a_lower_learning_rate(factor, capsys, monkeypatch):
+    """The line has the step and the advice; the last good checkpoint stays, and --resume works."""
+    with monkeypatch.context() as patch:
+        patch.setattr(gpt, "cross_entropy", losses_times([1, 1, factor]))
+        line = refusal(capsys, f"{TRAIN} --steps 4 --save-every 2 --val-fraction 0")
     assert re.search(r"step 3\b.*--learning-rate", line)
-    assert training_state(tmp_path / "out")["step"] == 2
-    run(capsys, "train", "--resume", "--out", tmp_path / "out", "--learning-rate", 1e-9)
-    rates = [float(row["learning_rate"]) for row in log(tmp_path / "out")]
+    assert training_state()["step"] == 2
+    run(capsys, f"{RESUME} --learning-rate 1e-9")
+    rates = [float(row["learning_rate"]) for row in log()]
     assert len(rates) == 4 and rates[1] > 1e-5 and rates[2] < 1e-8
 
 
-def test_a_gradient_that_is_not_finite_stops_a_run_in_float32(lesson, capsys, monkeypatch):
-    """The loss is as good as ever; the weights would not be."""
-    monkeypatch.setattr(gpt, "cross_entropy", with_gradients_times(math.nan, steps=1))
-    assert "step 1:" in refusal(capsys, *lesson)
-
-
-def test_best_pt_has_the_lowest_validation_loss(lesson, tmp_path, capsys):
+def test_best_pt_has_the_lowest_validation_loss(capsys):
     """It is the mean over the end of the text, without dropout: recomputed from both checkpoints."""
     text = 2 * LESSON + "SPHINX OF BLACK QUARTZ, JUDGE MY VOW! 01234 PACK MY BOX WITH FIVE DOZEN"
-    (tmp_path / "lesson.txt").write_text(text)
-    options = "--steps 40 --eval-every 1 --learning-rate 0.02 --warmup 5 --dropout 0.1"
-    run(capsys, *lesson, *options.split())
-    measured = [float(row["val_loss"]) for row in log(tmp_path / "out")]
+    Path("lesson.txt").write_text(text)
+    run(capsys, f"{TRAIN} --steps 40 --eval-every 1 --learning-rate 0.02 --dropout 0.1")
+    measured = [float(row["val_loss"]) for row in log()]
     assert min(measured) < measured[-1] - 0.1, "it has risen since"
-    for name, expected in (("best.pt", min(measured)), ("checkpoint.pt", measured[-1])):
-        model, tokenizer, _ = gpt.load_checkpoint(tmp_path / "out" / name)
+    for path, expected in (("out/best.pt", min(measured)), (LAST, measured[-1])):
+        model, tokenizer, _ = gpt.load_checkpoint(path)
         tokens = torch.tensor(tokenizer.encode(text))
         tokens = tokens[len(tokens) - len(tokens) // 10 :]
-        windows = [tokens[i : i + 17] for i in range(0, len(tokens) - 16, 16)]
-        windows = torch.stack(windows)
-        predictions = model(windows[:, :-1]).log_softmax(-1)
-        chosen = predictions.gather(-1, windows[:, 1:, None])
-        assert -chosen.mean().item() == pytest.approx(expected, rel=1e-4)
+        windows = torch.stack([tokens[i : i + 17] for i in range(0, len(tokens) - 16, 16)])
+        predictions = model(windows[:, :-1]).transpose(1, 2)  # (B, V, T), as PyTorch wants it
+        loss = torch.nn.functional.cross_entropy(predictions, windows[:, 1:])
+        assert loss.item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_end_of_the_text_is_never_trained_on(lesson, tmp_path, capsys):
-    """Other letters in the last fifth change the validation loss, and no training loss."""
-    fifth = len(LESSON) // 5
-    for name, end in (("one", LESSON[-fifth:]), ("other", "?" * fifth)):
-        (tmp_path / "lesson.txt").write_text(LESSON[:-fifth] + end)
-        options = ["--tokenizer", 257, "--val-fraction", 0.2, "--steps", 30, "--stride", 1]
-        run(capsys, *lesson, *options, "--out", tmp_path / name)
-    one = log(tmp_path / "one")
-    other = log(tmp_path / "other")
-    assert [row["train_loss"] for row in one] == [row["train_loss"] for row in other]
-    assert one[-1]["val_loss"] != other[-1]["val_loss"]
+def test_the_end_of_the_text_is_never_trained_on(capsys):
+    """Other letters in the last tenth change the validation loss, and no training loss."""
+    tenth = len(LESSON) // 10
+    for name, end in (("one", LESSON[-tenth:]), ("other", "?" * tenth)):
+        Path("lesson.txt").write_text(LESSON[:-tenth] + end)
+        run(capsys, f"{TRAIN} --tokenizer 257 --steps 30 --stride 1 --out {name}")
+    assert list(losses("one")) == list(losses("other"))
+    assert log("one")[-1]["val_loss"] != log("other")[-1]["val_loss"]
 
 
 # ==================================================================================================
 # 6 Decoding
-
-LOGITS = torch.tensor([2.0, -1.0, 0.5, 0.5, 1.2, -3.0, 0.5, 1.9])
-DRAWS = 40_000
+LOGITS = torch.tensor([2.0, -1.0, 0.5, 0.5, 1.2, -1.5, 0.5, 1.9])
 
 
 def probabilities(p, temperature=1.0, top_k=None, top_p=None):
@@ -1087,123 +705,63 @@ def probabilities(p, temperature=1.0, top_k=None, top_p=None):
     return p / p.sum()
 
 
-def assert_drawn(tokens, expected):
-    """The tokens occur as often as these probabilities say (Pearson's chi-square test)."""
-    counts = np.bincount(tokens, minlength=len(expected))
-    possible = expected > 0
-    assert (counts[~possible] == 0).all()
-    expected = len(tokens) * expected[possible]
-    chi_square = ((counts[possible] - expected) ** 2 / expected).sum()
-    assert chi_square < 35, "with seven degrees of freedom, that happens once in 100,000 times"
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"temperature": 0.5},
-        {"temperature": 3.0},
-        {"top_k": 1},
-        {"top_k": 2},
-        {"top_k": 4},  # the 4th, 5th and 6th place are equal: all three stay
-        {"top_k": 99},
-        {"top_p": 0.01},
-        {"top_p": 0.6},
-        {"top_p": 0.75},
-        {"top_p": 1.0},
-        {"temperature": 2.0, "top_p": 0.6},  # temperature is first: more tokens reach 0.6
-        {"temperature": 0.5, "top_p": 0.6},  # fewer do
-        {"top_k": 3, "top_p": 0.75},  # then top-k: what it leaves reaches 0.75 with fewer tokens
-        {"temperature": 2.0, "top_k": 4, "top_p": 0.7},
-    ],
-    ids=str,
-)
-def test_tokens_are_drawn_with_the_probabilities_that_the_settings_define(settings):
+@pytest.mark.parametrize("top_p", [None, 0.01, 0.6, 1.0])
+@pytest.mark.parametrize("top_k", [None, 1, 2, 4, 99])  # the 4th, 5th and 6th place are equal
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_tokens_are_drawn_with_the_probabilities_of_the_settings(temperature, top_k, top_p):
     """Temperature, then top-k with ties, then top-p, for each row by itself: counted in draws."""
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     generator = torch.Generator().manual_seed(0)
-    rows = torch.stack([LOGITS, 1 - LOGITS])  # (2, V)
-    drawn = gpt.sample_token(rows.repeat(DRAWS, 1), generator=generator, **settings)
-    assert drawn.dtype == torch.int64
-    drawn = drawn.view(DRAWS, 2)
-    for i in (0, 1):
-        assert_drawn(drawn[:, i], probabilities(softmax(rows[i].double().numpy()), **settings))
+    rows = torch.stack([LOGITS, LOGITS.flip(0)])  # (2, V)
+    drawn = gpt.sample_token(rows.repeat(20_000, 1), generator=generator, **settings)
+    for row, tokens in zip(rows, drawn.view(20_000, 2).T, strict=True):
+        expected = 20_000 * probabilities(softmax(row.double().numpy()), **settings)
+        counts = np.bincount(tokens, minlength=len(row))
+        assert (counts[expected == 0] == 0).all()
+        difference = (counts - expected)[expected > 0]
+        chi_square = (difference**2 / expected[expected > 0]).sum()  # Pearson's test
+        assert chi_square < 35, "with seven degrees of freedom, it is above in 1 of 100,000 cases"
 
 
 def test_the_worked_example_of_sampling_is_right():
     """The table above sample_token() shows what each setting makes of four probabilities."""
-    lines = SOURCE.split("\ndef sample_token(")[0].splitlines()[-4:]
-    table = np.array([line.split()[-4:] for line in lines], dtype=float)
-    temperature = float(re.search(r"temperature ([\d.]+):", lines[1])[1])
-    top_k = int(re.search(r"top-k (\d+):", lines[2])[1])
-    top_p = float(re.search(r"top-p ([\d.]+):", lines[3])[1])
-    steps = [
-        ("temperature", None),
-        ("temperature", temperature),
-        ("top_k", top_k),
-        ("top_p", top_p),
-    ]
-    settings = {}
-    for row, (name, value) in zip(table, steps, strict=True):
-        settings |= {name: value or 1.0}  # one more on each line
-        expected = probabilities(table[0], **settings)
-        np.testing.assert_allclose(row, expected, atol=0.005)  # two decimals are shown
-        logits = torch.tensor(table[0]).log().expand(DRAWS, 4)
-        generator = torch.Generator().manual_seed(0)
-        assert_drawn(gpt.sample_token(logits, generator=generator, **settings), expected)
-    power = table[0] ** (1 / temperature)
-    assert f"{power.sum():.2f}" == re.search(r"divided by ([\d.]+)", lines[1])[1]
-    two = probabilities(table[0], temperature, top_k)[:2].sum()
-    assert f"{two:.2f}" == re.search(r"two have ([\d.]+)", lines[3])[1]
+    lines = re.findall(r"(.*?)((?:  +[01](?:\.\d\d)?){4})\n", SOURCE)
+    table = np.array([columns.split() for _, columns in lines], dtype=float)
+    words = "".join(words for words, _ in lines)
+    temperature, sum_of_powers, top_k, top_p, sum_of_two = re.findall(r"[\d.]*\d", words)
+    sharper = probabilities(table[0], float(temperature))
+    three = probabilities(sharper, top_k=int(top_k))
+    expected = [table[0], sharper, three, probabilities(three, top_p=float(top_p))]
+    np.testing.assert_allclose(table, expected, atol=0.005)  # two decimals are shown
+    assert sum_of_powers == f"{(table[0] ** (1 / float(temperature))).sum():.2f}"
+    assert sum_of_two == f"{three[:2].sum():.2f}"
 
 
-def test_temperature_0_takes_the_most_probable_token():
-    """So does one that is almost 0."""
-    for temperature in (0, 1e-300, 1e-3):
-        drawn = gpt.sample_token(torch.stack([LOGITS, -LOGITS]), temperature)
-        assert drawn.tolist() == [0, 5]
+@both_arithmetics
+@pytest.mark.parametrize("lengths", [[12], [1] * 12, [5, 1, 1, 4, 1]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_text_can_be_read_in_pieces(dtype, lengths, fused):
+    """With a cache, in float32 even beside 16-bit weights, the logits are those of the whole."""
+    model = random_model(fused=fused)
+    tokens = random_tokens(3, 12)
+    expected = model(tokens)
+    model.to(dtype)
+    cache = gpt.KVCache(model.config, batch_size=3, length=12)
+    logits = torch.cat([model(piece, cache) for piece in tokens.split(lengths, dim=1)], dim=1)
+    assert cache.length == 12
+    assert cache.keys.dtype == cache.values.dtype == torch.float32
+    assert logits.dtype == dtype
+    assert_close(logits, expected, 20 * torch.finfo(dtype).eps)
 
 
-def test_a_setting_without_meaning_is_refused():
-    """The message says which one it is, and what it was."""
+def test_what_can_not_be_done_is_refused():
+    """Settings without meaning, a text longer than the context or the cache, an empty prompt, and
+    damaged weights. The message says what it was."""
+    model = random_model()
     wrong = [("top_k", 0), ("top_p", 0.0), ("top_p", 1.1), ("temperature", -1.0)]
     for name, value in [*wrong, ("temperature", math.nan)]:
         with pytest.raises(gpt.UserError, match=f"{name} is {value}"):
             gpt.sample_token(LOGITS[None], **{name: value})
-
-
-@both_arithmetics
-@pytest.mark.parametrize("pieces", [[12], [1] * 12, [5, 1, 1, 4, 1], [1, 11]], ids=str)
-def test_a_text_can_be_read_in_pieces(pieces, fused):
-    """With a cache, whatever the pieces are, the logits are those of reading all at once."""
-    model = random_model(fused=fused)
-    tokens = random_tokens(3, 12)
-    cache = gpt.KVCache(model.config, batch_size=3, length=12)
-    assert cache.length == 0
-    logits = [model(piece, cache) for piece in tokens.split(pieces, dim=1)]
-    assert cache.length == 12
-    assert_close(torch.cat(logits, dim=1), model(tokens), 1e-5)
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 0.01), ("bfloat16", 0.08)])
-def test_the_cache_is_float32_beside_16_bit_weights(dtype, tolerance):
-    """The model's results keep their 16 bits, and are close to those of 32."""
-    model = random_model()
-    tokens = random_tokens(2, 12)
-    expected = model(tokens)
-    model.to(getattr(torch, dtype))
-    cache = gpt.KVCache(model.config, batch_size=2)
-    logits = torch.cat([model(piece, cache) for piece in tokens.split([9, 1, 2], dim=1)], dim=1)
-    assert cache.keys.dtype == torch.float32
-    assert cache.values.dtype == torch.float32
-    assert logits.dtype == getattr(torch, dtype)
-    assert_close(logits.float(), expected, tolerance)
-
-
-def test_what_does_not_fit_is_refused():
-    """A text longer than the context or the cache, an empty prompt, and damaged weights."""
-    model = random_model()
-    with pytest.raises(gpt.UserError, match="13 .*12"):
-        model(random_tokens(1, 13))
     cache = gpt.KVCache(model.config, batch_size=1)
     model(random_tokens(1, 9), cache)
     with pytest.raises(gpt.UserError, match="13 .*12"):
@@ -1218,156 +776,106 @@ def test_what_does_not_fit_is_refused():
         next(gpt.generate(model, random_tokens(1, 3), 1))
 
 
-@torch.no_grad()
-def recomputed(model, prompt, count):
-    """Greedy text without a cache; a window that is full goes on from its newer half."""
-    longest = model.config.context_length
-    window = prompt[:, -longest:]
-    text = []
-    for _ in range(count):
-        if window.shape[1] > longest:
-            window = window[:, -max(1, longest // 2) :]
-        text.append(model(window)[:, -1].argmax(dim=-1, keepdim=True))
-        window = torch.cat([window, text[-1]], dim=1)
-    return torch.cat(text, dim=1)
-
-
 @both_arithmetics
 @pytest.mark.parametrize("prompt_length", [1, 5, 12, 31])
-@pytest.mark.parametrize("context_length", [12, 7, 2, 1])
-def test_generating_is_recomputing_everything(context_length, prompt_length, fused):
-    """The cache and the other rows change no token, also where the window slides."""
-    model = random_model(context_length=context_length, fused=fused)
+@pytest.mark.parametrize("longest", [12, 7, 2, 1])
+def test_generating_is_recomputing_everything(longest, prompt_length, fused):
+    """The cache and the other rows change no token, also where a full window is halved."""
+    model = random_model(context_length=longest, fused=fused)
     prompt = random_tokens(3, prompt_length)
-    count = 2 * context_length + 5
-    expected = torch.cat([recomputed(model, row[None], count) for row in prompt])
-    assert torch.equal(continuation(model, prompt, count, temperature=0), expected)
+    said = continuation(model, prompt, 2 * longest + 5, temperature=0)
+    for row, tokens in zip(prompt, said, strict=True):
+        window = row[-longest:]
+        for token in tokens:
+            if len(window) > longest:
+                window = window[-max(1, longest // 2) :]
+            assert token == model(window[None])[0, -1].argmax()
+            window = torch.cat([window, token[None]])
 
 
-def test_the_window_slides_by_halves():
-    """A full window of 10 is read afresh from its newest 5 tokens: after position 9 comes 4."""
-    model = reciter(tokens=list(range(10)), vocab_size=50)
-    said = continuation(model, torch.tensor([[7, 7]]), 18, temperature=0)
-    assert said.tolist() == [[*range(1, 10), *range(4, 10), 4, 5, 6]]
+def test_16_bits_write_the_text_of_32_bits():
+    """A model has learned a line by heart, and says it again and again, far beyond its window.
+    Rounding the weights to float16 or bfloat16 changes no token, since the model is sure."""
+    line = b"she sells sea shells by the sea shore. "
+    text = torch.tensor([list(line * 6)])
+    windows = text[0].unfold(0, size=17, step=1)[: len(line)]  # from each letter of the line
+    model = random_model(vocab_size=128, context_length=16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    for _ in range(80):
+        gpt.cross_entropy(model(windows[:, :-1]), windows[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        gpt.place(model, "cpu", dtype)
+        assert torch.equal(continuation(model, text[:, :16], 100, temperature=0), text[:, 16:116])
 
 
-def test_16_bit_weights_give_the_text_of_32_bits():
-    """Rounding moves the logits by a thousandth; where the model is sure, it changes no token."""
-    model = random_model(vocab_size=12, n_layer=3)
-    prompt = random_tokens(2, 3, below=12)
-    expected = recomputed(model, prompt, 30)  # more than two windows of 12
-    assert len(set(expected.flatten().tolist())) > 4
-    gpt.place(model, "cpu", torch.float16)
-    for parameter in model.parameters():
-        assert parameter.dtype == torch.float16
-        assert parameter.is_contiguous()
-    assert torch.equal(continuation(model, prompt, 30, temperature=0), expected)
-
-
-@pytest.mark.parametrize(
-    "settings", [{"top_k": 1}, {"top_p": 1e-4}, {"temperature": 1e-4}], ids=str
-)
-def test_generate_heeds_its_settings(settings):
-    """Each of these leaves only the most probable token, also where all others are likely too."""
+def test_generate_heeds_its_settings():
+    """Each of them can leave only the most probable token, where temperature 5 draws others, too.
+    The same seed gives the same text, another gives another, and None a new one each time."""
     model = random_model()
     prompt = random_tokens(2, 3)
-    hot = {"temperature": 5.0} | settings
-    assert torch.equal(continuation(model, prompt, 30, **hot), recomputed(model, prompt, 30))
-    free = continuation(model, prompt, 30, temperature=5.0)
-    assert not torch.equal(free, recomputed(model, prompt, 30))
-
-
-def test_the_seed_decides_what_is_drawn():
-    """The same seed gives the same text, another gives another, and None a new one each time."""
-    model = random_model()
-    prompt = random_tokens(2, 3)
-    text = continuation(model, prompt, 40, seed=1)
-    assert torch.equal(text, continuation(model, prompt, 40, seed=1))
-    assert not torch.equal(text, continuation(model, prompt, 40, seed=2))
+    best = continuation(model, prompt, 30, temperature=0)
+    for settings in ({"top_k": 1}, {"top_p": 1e-4}, {"temperature": 1e-4}):
+        settings = {"temperature": 5.0} | settings
+        assert torch.equal(continuation(model, prompt, 30, **settings), best)
+    for temperature in (0, 1e-300, 1e-3):
+        assert gpt.sample_token(torch.stack([LOGITS, -LOGITS]), temperature).tolist() == [0, 5]
+    drawn = continuation(model, prompt, 30, temperature=5.0, seed=1)
+    assert torch.equal(drawn, continuation(model, prompt, 30, temperature=5.0, seed=1))
+    assert not torch.equal(drawn, continuation(model, prompt, 30, temperature=5.0, seed=2))
     torch.manual_seed(5)
-    first = continuation(model, prompt, 40)
-    torch.manual_seed(5)
-    assert not torch.equal(first, continuation(model, prompt, 40)), "whatever was seeded before"
+    unseeded = continuation(model, prompt, 30, temperature=5.0)
+    torch.manual_seed(5)  # this does not bring it back
+    assert not torch.equal(unseeded, continuation(model, prompt, 30, temperature=5.0))
 
 
 def test_every_row_ends_by_itself():
     """A row that has produced eos goes on with eos; when all rows have, the text is over."""
     model = random_model()
     prompt = random_tokens(3, 2)
-    free = continuation(model, prompt, 200, temperature=4.0, seed=3)
-    for eos in range(TINY.vocab_size):
-        ends = [row.index(eos) if eos in row else 200 for row in free.tolist()]
-        if len(set(ends)) == 3 and max(ends) < 200:
-            break
+    free = continuation(model, prompt, 99, temperature=4.0, seed=3)
+    rows = free.tolist()
+    eos = max(set(rows[0]) & set(rows[1]) & set(rows[2]))  # a token that all of them have
+    ends = [row.index(eos) for row in rows]
+    assert len(set(ends)) == 3
     expected = free[:, : max(ends) + 1]
     for row, end in zip(expected, ends, strict=True):
         row[end:] = eos
-    text = continuation(model, prompt, 200, temperature=4.0, seed=3, eos=eos)
-    assert torch.equal(text, expected)
-
-
-@pytest.mark.parametrize(
-    ("said", "pieces"),
-    [("né☕", ["n", "", "é", "", "", "☕", ""]), ("n\udcc3", ["n", "", "\ufffd"])],
-    ids=["whole", "cut off within é"],
-)
-def test_text_is_written_in_whole_characters(said, pieces, monkeypatch):
-    """Tokens of single bytes: a letter of several bytes waits for its last one. eos isn't shown."""
-    said = said.encode(errors="surrogateescape")
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    tokenizer = tiktoken.Encoding(
-        "bytes", pat_str=gpt.WORDS, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256}
-    )
-    written = []
-    monkeypatch.setattr(gpt, "print", lambda piece, **how: written.append(piece), raising=False)
-    model = reciter([256, *said, 256], vocab_size=257)
-    count = gpt.write_text(model, tokenizer, "AB", 99, temperature=0, eos=256)
-    assert count == len(said)
-    assert written == ["AB", *pieces]
+    assert torch.equal(continuation(model, prompt, 99, temperature=4.0, seed=3, eos=eos), expected)
 
 
 # ==================================================================================================
 # 7 GPT-2 weights
 # OpenAI's two files are written here by NumPy, small and with random numbers.
 DATA = "model.ckpt.data-00000-of-00001"
-STAND_IN = gpt.GPTConfig(vocab_size=23, context_length=16, n_embd=12, n_head=3, n_layer=12)
 
 
 def write_gpt2(folder, config):
     """Write the files of a GPT-2 of this shape; returns {variable: float64 array}."""
-    V, context, C, heads, blocks = dataclasses.astuple(config)[:5]
+    V, context, C, heads, blocks = astuple(config)[:5]
+    matrices = {"attn/c_attn": (1, C, 3 * C), "attn/c_proj": (1, C, C)}
+    matrices |= {"mlp/c_fc": (1, C, 4 * C), "mlp/c_proj": (1, 4 * C, C)}
     shapes = {"wte": (V, C), "wpe": (context, C), "ln_f/g": (C,), "ln_f/b": (C,)}
     for n in range(blocks):
-        for name, (rows, columns) in {
-            "attn/c_attn": (C, 3 * C),
-            "attn/c_proj": (C, C),
-            "mlp/c_fc": (C, 4 * C),
-            "mlp/c_proj": (4 * C, C),
-        }.items():
-            shapes |= {f"h{n}/{name}/w": (1, rows, columns), f"h{n}/{name}/b": (columns,)}
+        for name, shape in matrices.items():
+            shapes |= {f"h{n}/{name}/w": shape, f"h{n}/{name}/b": shape[2:]}
         for name in ("ln_1", "ln_2"):
             shapes |= {f"h{n}/{name}/g": (C,), f"h{n}/{name}/b": (C,)}
     rng = np.random.default_rng(0)
     variables = {}
-    for name, shape in shapes.items():
-        numbers = rng.normal(1.0 if name.endswith("g") else 0.0, 0.3, shape)
-        variables[f"model/{name}"] = numbers.astype(np.float32).astype(float)
     with open(folder / DATA, "wb") as file:
-        for name in sorted(variables):  # h0, h1, h10, h11, h2, ...
-            file.write(variables[name].astype("<f4").tobytes())
+        for name in sorted(shapes):  # h0, h1, h10, h11, h2, ...
+            numbers = rng.normal(0.0, 0.5, shapes[name]).astype("<f4")
+            variables[f"model/{name}"] = numbers.astype(float)
+            file.write(numbers.tobytes())
     hparams = {"n_vocab": V, "n_ctx": context, "n_embd": C, "n_head": heads, "n_layer": blocks}
     (folder / "hparams.json").write_text(json.dumps(hparams))
     return variables
 
 
-@pytest.fixture
-def stand_in(tmp_path):
-    """(folder, variables) of a small GPT-2 with 12 blocks."""
-    return tmp_path, write_gpt2(tmp_path, STAND_IN)
-
-
-def numpy_gpt2(variables, tokens, n_head):
-    """GPT-2 in float64, from the papers' equations and OpenAI's variables: (T,) -> (T, V)."""
+def numpy_gpt2(variables, tokens, config):
+    """GPT-2 in float64, from the papers' equations and OpenAI's variables: (B, T) -> (B, T, V)."""
 
     def norm(x, name):
         x = x - x.mean(axis=-1, keepdims=True)
@@ -1377,751 +885,615 @@ def numpy_gpt2(variables, tokens, n_head):
     def linear(x, name):
         return x @ variables[f"{name}/w"][0] + variables[f"{name}/b"]
 
-    x = variables["model/wte"][tokens] + variables["model/wpe"][: len(tokens)]
-    for n in range(sum(name.endswith("ln_1/g") for name in variables)):
+    B, T = tokens.shape
+    x = variables["model/wte"][tokens] + variables["model/wpe"][:T]
+    for n in range(config.n_layer):
         block = f"model/h{n}"
-        joint = linear(norm(x, f"{block}/ln_1"), f"{block}/attn/c_attn")  # (T, 3C)
-        q, k, v = np.moveaxis(joint.reshape(len(tokens), 3, n_head, -1), 0, 2)  # (H, T, D) each
-        heads = numpy_attention(q, k, v)[2]
-        x = x + linear(np.concatenate(list(heads), axis=-1), f"{block}/attn/c_proj")
+        joint = linear(norm(x, f"{block}/ln_1"), f"{block}/attn/c_attn")  # (B, T, 3C)
+        heads = joint.reshape(B, T, 3, config.n_head, -1)
+        q, k, v = heads.transpose(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        result = numpy_attention(q, k, v)[2].transpose(0, 2, 1, 3)  # (B, T, H, D)
+        x = x + linear(result.reshape(x.shape), f"{block}/attn/c_proj")
         u = linear(norm(x, f"{block}/ln_2"), f"{block}/mlp/c_fc")
         gelu = 0.5 * u * (1 + np.tanh(np.sqrt(2 / np.pi) * (u + 0.044715 * u**3)))
         x = x + linear(gelu, f"{block}/mlp/c_proj")
     return norm(x, "model/ln_f") @ variables["model/wte"].T
 
 
-def numpy_loss(variables, inputs, targets, n_head):
-    """The mean loss of a batch, (B, T) and (B, T)."""
-    losses = []
-    for row, target in zip(inputs, targets, strict=True):
-        p = softmax(numpy_gpt2(variables, row, n_head))
-        losses.append(-np.log(p[np.arange(len(row)), target]).mean())
-    return np.mean(losses)
-
-
 @both_arithmetics
-@pytest.mark.parametrize("config", [STAND_IN, *SHAPES.values()], ids=["12 blocks", *SHAPES])
+@three_shapes
 def test_openais_weights_give_openais_logits(config, fused, tmp_path):
     """Every logit of the loaded model is that of the equations in float64."""
     variables = write_gpt2(tmp_path, config)
     model = gpt.load_gpt2(tmp_path, fused=fused)
-    assert model.config == dataclasses.replace(config, fused=fused)
-    tokens = random_tokens(config.context_length, below=config.vocab_size)
-    assert_close(model(tokens[None])[0], numpy_gpt2(variables, tokens, config.n_head), 1e-5)
+    assert model.config == replace(config, fused=fused)
+    tokens = random_tokens(2, config.context_length, below=config.vocab_size)
+    expected = numpy_gpt2(variables, tokens.numpy(), config)
+    assert_close(model(tokens), expected, 1e-5)
+    assert_close(model(tokens, last_only=True), expected[:, -1:], 1e-5)
+    assert_close(model.double()(tokens), expected, 1e-12)
 
 
-def test_the_weights_are_views_of_the_mapped_file(stand_in):
-    """Nothing is copied and nothing is written, not even if a parameter is changed."""
-    folder = stand_in[0]
-    before = (folder / DATA).read_bytes()
-    model = gpt.load_gpt2(folder, dropout=0.1)
-    assert model.config.dropout == 0.1
+def test_the_weights_are_views_of_the_mapped_file(tmp_path):
+    """Nothing is copied and nothing is written, not even if a parameter is changed.
+    OpenAI's matrices lie column by column then, until place() lays them row by row."""
+    write_gpt2(tmp_path, DEEP)
+    before = (tmp_path / DATA).read_bytes()
+    model = gpt.load_gpt2(tmp_path)
     assert not model.training
-    storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    assert len(storages) == 1
+    assert len({parameter.untyped_storage().data_ptr() for parameter in model.parameters()}) == 1
     maps = Path("/proc/self/maps")  # on Linux: what files a process has mapped
-    assert not maps.exists() or str(folder / DATA) in maps.read_text()
+    assert not maps.exists() or str(tmp_path / DATA) in maps.read_text()
     torch.nn.init.zeros_(model.token_embedding)
-    assert (folder / DATA).read_bytes() == before
-    assert {path.name for path in folder.iterdir()} == {"hparams.json", DATA}
+    assert (tmp_path / DATA).read_bytes() == before
+    gpt.place(model, "cpu", torch.float16)
+    assert all(parameter.is_contiguous() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("change", [-4, 4])
-def test_a_file_of_another_length_is_refused(change, stand_in):
-    """The message has the length that was found, and the one that the shapes give."""
-    folder, variables = stand_in
-    length = 4 * sum(variable.size for variable in variables.values())
-    os.truncate(folder / DATA, length + change)
-    with pytest.raises(gpt.UserError, match=f"{length + change:,} bytes, not {length:,}"):
-        gpt.load_gpt2(folder)
-
-
-@pytest.mark.parametrize("damaged", ["", '{"n_vocab": 23', "{}", "[]", "<html>"])
-def test_damaged_hparams_are_refused(damaged, stand_in):
-    """The message names the file."""
-    (stand_in[0] / "hparams.json").write_text(damaged)
-    with pytest.raises(gpt.UserError, match="hparams.json"):
-        gpt.load_gpt2(stand_in[0])
-
-
-def test_tensorflow_writes_and_reads_the_same(stand_in, tmp_path_factory):
-    """Its file has the very bytes of NumPy's, and its reader finds what load_gpt2() makes of them."""
-    tensorflow = pytest.importorskip("tensorflow")
-    folder, variables = stand_in
-    other = tmp_path_factory.mktemp("tensorflow")
-    tensorflow.raw_ops.SaveV2(
-        prefix=str(other / "model.ckpt"),
-        tensor_names=sorted(variables),  # as TensorFlow 1 had them when OpenAI saved its models
-        shape_and_slices=[""] * len(variables),
-        tensors=[variables[name].astype(np.float32) for name in sorted(variables)],
-    )
-    assert (other / DATA).read_bytes() == (folder / DATA).read_bytes()
-    (other / "hparams.json").write_bytes((folder / "hparams.json").read_bytes())
-    model = gpt.load_gpt2(other)
-    ours = {"model/wte": model.token_embedding, "model/wpe": model.position_embedding}
-    layers = {"model/ln_f": model.final_norm}
-    for n, block in enumerate(model.blocks):
-        attention = block.attention
-        joint = [attention.query, attention.key, attention.value]
-        ours[f"model/h{n}/attn/c_attn/w"] = torch.cat([one.weight.T for one in joint], dim=1)[None]
-        ours[f"model/h{n}/attn/c_attn/b"] = torch.cat([one.bias for one in joint])
-        layers |= {f"model/h{n}/ln_1": block.norm_1, f"model/h{n}/ln_2": block.norm_2}
-        layers[f"model/h{n}/attn/c_proj"] = attention.projection
-        layers[f"model/h{n}/mlp/c_fc"] = block.feed_forward.expand
-        layers[f"model/h{n}/mlp/c_proj"] = block.feed_forward.projection
-    for name, layer in layers.items():
-        norm = isinstance(layer, gpt.LayerNorm)
-        ours[f"{name}/g" if norm else f"{name}/w"] = layer.weight if norm else layer.weight.T[None]
-        ours[f"{name}/b"] = layer.bias
-    theirs = dict(tensorflow.train.list_variables(str(other / "model.ckpt")))
-    assert theirs.keys() == ours.keys()
-    for name in theirs:
-        expected = tensorflow.train.load_variable(str(other / "model.ckpt"), name)
-        assert np.array_equal(ours[name].detach(), expected), name
-
-
-# What is known of the real GPT-2 124M. The checks run on a small stand-in, too, for which NumPy
-# knows the answers, so that they work when they are needed.
-REAL = HERE / "gpt2" / "124M"
-real_gpt2 = pytest.mark.skipif(
-    not (REAL / DATA).exists(), reason="run `python gpt.py sample --gpt2 124M` first"
-)
-CITIZENS = """First Citizen:/Before we proceed any further, hear me speak.//All:/Speak, speak.//First
-Citizen:/You are all resolved rather to die than to famish?//All:/Resolved. resolved.//First
-Citizen:/First, you know Caius Marcius is chief enemy to the people.//All:/We know't, we
-know't.//First Citizen:/Let us kill him, and we'll have corn at our own price./Is't a
-verdict?//All:/No more talking on't; let it be done: away, away!//Second Citizen:/One word, good
-citizens.//First Citizen:/We are accounted poor citizens, the patricians good./What authority
-surfeits on would relieve us: if they/would yield us but the superfluity, while it
-were/wholesome, we might guess they relieved us humanely;/but they think we are too dear: the
-leanness that/afflicts us, the object of our misery, is as an/inventory to particularise their
-abundance; our/sufferance is a gain to them Let us revenge this with/our p"""
+def test_a_wrong_file_is_refused(tmp_path):
+    """The message has the length that was found and the one that the shapes give, or the name."""
+    length = 4 * sum(variable.size for variable in write_gpt2(tmp_path, DEEP).values())
+    for wrong in (length + 4, length - 4):
+        os.truncate(tmp_path / DATA, wrong)
+        with pytest.raises(gpt.UserError, match=f"{wrong:,} bytes, not {length:,}"):
+            gpt.load_gpt2(tmp_path)
+    for damaged in ("", '{"n_vocab": 23', "{}", "[]", "<html>"):
+        (tmp_path / "hparams.json").write_text(damaged)
+        with pytest.raises(gpt.UserError, match="hparams.json"):
+            gpt.load_gpt2(tmp_path)
 
 
 @pytest.fixture
-def tokenizer():
-    """GPT-2's, if it is at hand."""
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except OSError:
-        pytest.skip("go online once, or set TIKTOKEN_CACHE_DIR: GPT-2's vocabulary isn't here")
+def by_tensorflow(tmp_path):
+    """A folder in which TensorFlow's Saver has written the variables of NumPy's file, which is
+    called by_numpy now. The Saver got them in another order."""
+    v1 = pytest.importorskip("tensorflow").compat.v1
+    variables = write_gpt2(tmp_path, DEEP)
+    (tmp_path / DATA).rename(tmp_path / "by_numpy")
+    with v1.Graph().as_default(), v1.Session() as session:
+        for name in reversed(variables):
+            v1.get_variable(name, initializer=variables[name].astype(np.float32))
+        session.run(v1.global_variables_initializer())
+        v1.train.Saver().save(session, str(tmp_path / "model.ckpt"), write_meta_graph=False)
+    return tmp_path
 
 
-def shakespeare(tokenizer):
+def test_tensorflow_writes_the_same_bytes(by_tensorflow):
+    """So the files that NumPy writes here have OpenAI's layout."""
+    assert (by_tensorflow / DATA).read_bytes() == (by_tensorflow / "by_numpy").read_bytes()
+
+
+def test_tensorflow_reads_the_same_parameters(by_tensorflow):
+    """Every variable that its reader finds is a parameter of load_gpt2()'s model, or three."""
+    train = pytest.importorskip("tensorflow").train
+    model = gpt.load_gpt2(by_tensorflow)
+    ours = {"wte": model.token_embedding, "wpe": model.position_embedding}
+    norms = {"ln_f": model.final_norm}
+    linears = {}
+    for n, block in enumerate(model.blocks):
+        norms |= {f"h{n}/ln_1": block.norm_1, f"h{n}/ln_2": block.norm_2}
+        attention = block.attention
+        linears[f"h{n}/attn/c_attn"] = [attention.query, attention.key, attention.value]
+        linears[f"h{n}/attn/c_proj"] = [attention.projection]
+        linears[f"h{n}/mlp/c_fc"] = [block.feed_forward.expand]
+        linears[f"h{n}/mlp/c_proj"] = [block.feed_forward.projection]
+    for name, norm in norms.items():
+        ours |= {f"{name}/g": norm.weight, f"{name}/b": norm.bias}
+    for name, layers in linears.items():  # query, key and value side by side
+        ours[f"{name}/w"] = torch.cat([layer.weight.T for layer in layers], dim=1)[None]
+        ours[f"{name}/b"] = torch.cat([layer.bias for layer in layers])
+    theirs = train.load_checkpoint(str(by_tensorflow / "model.ckpt"))
+    assert theirs.get_variable_to_shape_map().keys() == {f"model/{name}" for name in ours}
+    for name, parameter in ours.items():
+        assert np.array_equal(parameter.detach(), theirs.get_tensor(f"model/{name}")), name
+
+
+# What is known of the real GPT-2 124M. The same check runs on a stand-in, which NumPy knows.
+REAL = Path(gpt.__file__).parent / "gpt2" / "124M"
+CITIZENS = """First Citizen:/Before we proceed any further, hear me speak.//All:/Speak,
+speak.//First Citizen:/You are all resolved rather to die than to famish?//All:/Resolved.
+resolved.//First Citizen:/First, you know Caius Marcius is chief enemy to the people.//All:/We
+know't, we know't.//First Citizen:/Let us kill him, and we'll have corn at our own price./Is't a
+verdict?//All:/No more talking on't; let it be done: away, away!//Second Citizen:/One word, good
+citizens.//First Citizen:/We are accounted poor citizens, the patricians good./What authority
+surfeits on would relieve us: if they/would yield us but the superfluity, while it were/wholesome,
+we might guess they relieved us humanely;/but they think we are too dear: the leanness
+that/afflicts us, the object of our misery, is as an/inventory to particularise their abundance;
+our/sufferance is a gain to them Let us revenge this with/our p"""
+
+
+def shakespeare(vocabulary):
     """The first 257 tokens of llm.c's Tiny Shakespeare: <|endoftext|> precedes each paragraph."""
     paragraphs = CITIZENS.replace("\n", " ").replace("/", "\n").split("\n\n")
     text = "<|endoftext|>" + "\n\n<|endoftext|>".join(paragraphs)
-    return tokenizer.encode(text, allowed_special="all")
+    return vocabulary.encode(text, allowed_special="all")
 
 
-def check_text(model, prompt, expected):
-    """Greedy decoding continues these tokens by those."""
-    text = continuation(model, torch.tensor([prompt]), len(expected), temperature=0)
-    assert text[0].tolist() == expected
-
-
-def check_logits(model, tokens, expected, mean, tolerance):
-    """expected: {token: its logit at the last position}; mean: that of all logits."""
-    logits = model(torch.tensor([tokens]))[0]
-    for token, logit in expected.items():
-        assert logits[-1, token].item() == pytest.approx(logit, abs=tolerance)
-    assert mean is None or logits.mean().item() == pytest.approx(mean, rel=1e-4)
-
-
-def check_loss(model, tokens, expected, tolerance):
-    """The mean loss of all tokens but the first."""
-    tokens = torch.tensor([tokens])
-    loss = gpt.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:])
-    assert loss.item() == pytest.approx(expected, abs=tolerance)
-
-
-def check_learning(model, tokens, rows, expected, tolerance):
-    """The losses of steps on the same batch, with AdamW and PyTorch's own settings but for 1e-4."""
-    inputs = torch.tensor(tokens[:-1]).view(rows, -1)
-    targets = torch.tensor(tokens[1:]).view(rows, -1)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01
-    )
-    losses = []
+def check_known_outputs(model, texts, logits, mean, loss, losses):
+    """What a model is known to do: greedy texts, logits at the last position, the mean of all
+    logits, a loss, and the losses of AdamW's steps on one batch, within a 500th of their fall."""
+    for prompt, text in texts:
+        said = continuation(model, torch.tensor([prompt]), len(text), temperature=0)
+        assert said[0].tolist() == text
+    tokens, expected = logits
+    found = model(torch.tensor([tokens]))[0, -1, list(expected)]
+    assert found.tolist() == pytest.approx(list(expected.values()), abs=1e-3)
+    tokens, expected = mean
+    assert model(torch.tensor([tokens])).mean().item() == pytest.approx(expected, rel=1e-4)
+    tokens, expected = loss
+    found = gpt.cross_entropy(model(torch.tensor([tokens[:-1]])), torch.tensor([tokens[1:]]))
+    assert found.item() == pytest.approx(expected, abs=4e-5)
+    tokens, expected = losses
+    inputs = torch.tensor(tokens[:-1]).view(4, -1)
+    targets = torch.tensor(tokens[1:]).view(4, -1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01)
+    found = []
     for _ in expected:
-        loss = gpt.cross_entropy(model(inputs), targets)
-        loss.backward()
+        batch_loss = gpt.cross_entropy(model(inputs), targets)
+        batch_loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses == pytest.approx(expected, abs=tolerance)
+        found.append(batch_loss.item())
+    assert found == pytest.approx(expected, abs=(expected[0] - expected[-1]) / 500)
 
 
-def numpy_learning(variables, inputs, targets, steps):
-    """The losses of AdamW's steps, by its formulas; a gradient is a difference of losses."""
-    sizes = [variable.size for variable in variables.values()]
-
-    def loss_at(numbers):  # all parameters in a row
-        parts = np.split(numbers, np.cumsum(sizes)[:-1])
-        pairs = zip(variables.items(), parts, strict=True)
-        moved = {name: part.reshape(variable.shape) for (name, variable), part in pairs}
-        return numpy_loss(moved, inputs, targets, n_head=1)
-
-    numbers = np.concatenate([variable.ravel() for variable in variables.values()])
-    mean = square = 0
+def numpy_adamw(loss, parameters, steps):
+    """The losses before each step of AdamW, by its formulas; a gradient is a measured growth."""
+    moves = 1e-6 * np.eye(len(parameters))
+    mean = square = 0.0
     losses = []
     for step in range(1, steps + 1):
-        losses.append(loss_at(numbers))
-        moves = 1e-6 * np.eye(len(numbers))
-        g = np.array([loss_at(numbers + h) - loss_at(numbers - h) for h in moves]) / 2e-6
-        mean = 0.9 * mean + 0.1 * g
-        square = 0.999 * square + 0.001 * g**2
-        adam = mean / (1 - 0.9**step) / (np.sqrt(square / (1 - 0.999**step)) + 1e-8)
-        numbers = numbers - 1e-4 * (adam + 0.01 * numbers)
+        losses.append(loss(parameters))
+        gradient = np.array([loss(parameters + h) - loss(parameters - h) for h in moves]) / 2e-6
+        mean = 0.9 * mean + 0.1 * gradient
+        square = 0.999 * square + 0.001 * gradient**2
+        change = mean / (1 - 0.9**step) / (np.sqrt(square / (1 - 0.999**step)) + 1e-8)
+        parameters = parameters - 1e-4 * (change + 0.01 * parameters)
     return losses
 
 
-def test_the_checks_of_gpt2_hold_for_the_stand_in(tmp_path):
-    """Text, logits, losses and learning are as NumPy computes them."""
-    config = gpt.GPTConfig(vocab_size=5, context_length=8, n_embd=2, n_head=1, n_layer=2)
+def test_the_check_of_known_outputs_holds_for_the_stand_in(tmp_path):
+    """Text, logits, losses and ten steps of learning are as NumPy computes them."""
+    config = gpt.GPTConfig(vocab_size=5, context_length=8, n_embd=4, n_head=2, n_layer=1)
     variables = write_gpt2(tmp_path, config)
-    model = gpt.load_gpt2(tmp_path)
     tokens = random_tokens(9, below=5).tolist()
-    text = tokens[:3]
-    for _ in range(5):
-        text.append(int(numpy_gpt2(variables, np.array(text), 1)[-1].argmax()))
-    check_text(model, text[:3], text[3:])
-    logits = numpy_gpt2(variables, np.array(tokens[:8]), 1)
-    check_logits(model, tokens[:8], dict(enumerate(logits[-1])), logits.mean(), 1e-5)
-    inputs = np.array(tokens[:-1]).reshape(2, 4)
-    targets = np.array(tokens[1:]).reshape(2, 4)
-    expected = numpy_loss(variables, np.array([tokens[:-1]]), np.array([tokens[1:]]), 1)
-    check_loss(model, tokens, expected, 1e-5)
-    expected = numpy_learning(variables, inputs, targets, steps=4)
-    assert expected[0] - expected[3] > 1e-4
-    check_learning(model, tokens, 2, expected, 3e-6)
+    rows = np.array(tokens[:8]).reshape(4, 2)
+    targets = np.array(tokens[1:])
+    logits = numpy_gpt2(variables, np.array([tokens[:8]]), config)[0]  # (T, V)
+
+    def batch_loss(parameters):  # in the order of the file
+        start = 0
+        moved = {}
+        for name, variable in variables.items():
+            moved[name] = parameters[start : start + variable.size].reshape(variable.shape)
+            start += variable.size
+        return numpy_loss(numpy_gpt2(moved, rows, config), targets.reshape(4, 2))
+
+    losses = numpy_adamw(batch_loss, np.fromfile(tmp_path / DATA, "<f4").astype(float), steps=10)
+    check_known_outputs(
+        gpt.load_gpt2(tmp_path),
+        texts=[(tokens[:T], [int(logits[T - 1].argmax())]) for T in range(1, 9)],
+        logits=(tokens[:8], dict(enumerate(logits[7]))),
+        mean=(tokens[:8], logits.mean()),
+        loss=(tokens, numpy_loss(logits, targets)),
+        losses=(tokens, losses),
+    )
 
 
-def test_the_known_tokens_of_shakespeare(tokenizer):
+def test_the_known_tokens_of_shakespeare(vocabulary):
     """They are those that llm.c's losses were measured on, by their SHA-256."""
-    tokens = np.array(shakespeare(tokenizer), dtype="<u2")
+    tokens = np.array(shakespeare(vocabulary), dtype="<u2")
     digest = "f3cb1f678d40cf5a120662b12a20fdacc5bd2e08c13ebb230a93e9f6f82f1df4"
     assert hashlib.sha256(tokens.tobytes()).hexdigest() == digest
 
 
-@real_gpt2
-def test_the_real_gpt2_gives_its_known_results(tokenizer):
+@pytest.mark.skipif(
+    not (REAL / DATA).exists(), reason="run `python gpt.py sample --gpt2 124M` first"
+)
+def test_the_real_gpt2_gives_its_known_outputs(vocabulary):
     """The file's SHA-256; texts, logits and losses that others have published."""
     with open(REAL / DATA, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     assert digest == "2060c885360cc0cf41d7a6dbc4d24b5127aae20260c8b5ae521b5a6578407118"
-    model = gpt.load_gpt2(REAL)
-    texts = {  # picoGPT's README; the tests of transformers
-        "Alan Turing theorized that computers would one day become": (
-            " the most powerful machines on the planet."
-        ),
-        "The dog": " was found in a field near the intersection of West and West Streets.\n\nThe dog",
-        "Today, I": "'m going to be doing a lot of research on this. I",
-        "Hello, my dog is a little": " bit of a mess. I'm not sure if he's going",
-    }
-    for prompt, expected in texts.items():
-        check_text(model, tokenizer.encode(prompt), tokenizer.encode(expected))
+    turing = "Alan Turing theorized that computers would one day become"
+    field = " was found in a field near the intersection of West and West Streets.\n\nThe dog"
+    texts = [  # from picoGPT's README and the tests of transformers
+        (turing, " the most powerful machines on the planet."),
+        ("The dog", field),
+        ("Today, I", "'m going to be doing a lot of research on this. I"),
+        ("Hello, my dog is a little", " bit of a mess. I'm not sure if he's going"),
+    ]
     logits = [-35.23624420, -35.32659531, -38.97534943, -39.39067459]
     logits += [-37.65318298, -38.67243576, -36.02489090, -36.48415375]
     logits = dict(enumerate(logits)) | {10000: -41.98722839, 50000: -44.11378098}
-    check_logits(model, [15496], logits, None, 1e-3)
-    check_logits(model, [15496, 11, 314, 716], {}, -111.89471436, None)
-    hello = tokenizer.encode("<|endoftext|>Hello world!", allowed_special="all")
-    check_loss(model, hello, 5.331855773925781, 4e-5)  # TransformerLens
     losses = [5.270007, 4.059707, 3.375123, 2.800783, 2.315382]
     losses += [1.849029, 1.394656, 0.999147, 0.624080, 0.376511]
-    check_learning(model, shakespeare(tokenizer), 4, losses, 1e-2)  # llm.c, test_gpt2.c
+    hello = vocabulary.encode("<|endoftext|>Hello world!", allowed_special="all")
+    check_known_outputs(
+        gpt.load_gpt2(REAL),
+        texts=[vocabulary.encode_batch(list(pair)) for pair in texts],
+        logits=([15496], logits),  # an ONNX reference, as is the next
+        mean=([15496, 11, 314, 716], -111.89471436),
+        loss=(hello, 5.331855773925781),  # TransformerLens
+        losses=(shakespeare(vocabulary), losses),  # llm.c, test_gpt2.c
+    )
 
 
 # ==================================================================================================
-# 8 Plumbing: files
+# 8 Plumbing
 
 
-def test_a_checkpoint_brings_back_the_model_and_its_tokenizer(tmp_path):
-    """The same config, the same logits, the same tokens."""
-    model = random_model(vocab_size=280, fused=False)
-    tokenizer = gpt.load_tokenizer(280, LESSON)
-    gpt.save_checkpoint(tmp_path / "model.pt", model, tokenizer)
-    again, tokenizer_again, state = gpt.load_checkpoint(tmp_path / "model.pt")
-    tokens = random_tokens(2, 12)
-    assert again.config == model.config and state is None
-    assert torch.equal(again(tokens), model(tokens))
-    text = "lazy naïve ☕<|endoftext|>"
-    ids = tokenizer.encode(text, allowed_special="all")
-    assert tokenizer_again.encode(text, allowed_special="all") == ids
-    assert tokenizer_again.decode(ids) == text
+@pytest.mark.parametrize("columns", [0, 40, None], ids=["unknown width", "40 columns", "a file"])
+def test_progress_fits_the_terminal_and_a_file_gets_only_what_stays(columns, monkeypatch):
+    """The first step, validations and the last stay; a line to be overwritten ends in \\r."""
+    monkeypatch.setattr(os, "get_terminal_size", lambda *_: os.terminal_size((columns, 24)))
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    sys.stderr.isatty = lambda: columns is not None
+    gpt.main(f"{TRAIN} --steps 5 --eval-every 3".split())
+    shown = sys.stderr.getvalue()
+    assert re.findall(r"step (\d)/5[^\r\n]*\n", shown) == ["1", "3", "5"]
+    brief = re.findall("([^\r\n]*)\r", shown)
+    assert [line[:8] for line in brief] == ([] if columns is None else ["step 2/5", "step 4/5"])
+    assert {len(line) for line in brief} <= {(columns or 80) - 1}
 
 
-def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(lesson, tmp_path):
-    """12 runs that save in every step are killed: what is there loads, and never goes back."""
-    fork = multiprocessing.get_context("forkserver")
-    fork.set_forkserver_preload(["gpt", "torch._dynamo"])
-    out = tmp_path / "out"
-    command = [*lesson, "--steps", 10**6, "--save-every", 1, "--eval-every", 1]
-    step = 0
-    for kill in range(12):
-        before = count_rows(out)
-        process = fork.Process(target=gpt.main, args=([str(word) for word in command],))
-        process.start()
-        wait_for(lambda before=before: count_rows(out) > before + 1, process.is_alive)
-        time.sleep(random.Random(kill).uniform(0, 0.02))
-        process.kill()
-        process.join()
-        previous = step
-        step = training_state(out)["step"]
-        assert previous <= step <= count_rows(out)
-        gpt.load_checkpoint(out / "best.pt")
-        command = ["train", "--resume", "--out", out]
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(monkeypatch):
+    """Written beside, fsync, then renamed: a power cut can't leave an empty file of that name."""
+    calls = Mock()
+    monkeypatch.setattr(os, "fsync", calls.fsync)
+    monkeypatch.setattr(os, "replace", calls.replace)
+    save_reciter("naïve")
+    assert [name for name, _, _ in calls.mock_calls] == ["fsync", "replace"]
+    assert not Path("model.pt").exists(), "nothing but os.replace gives it this name"
 
 
-def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    """Written beside, fsync, rename: so a power cut can't leave an empty file under the name."""
-    path = tmp_path / "model.pt"
-    done = []
-    for name in ("fsync", "replace"):
-        real = getattr(os, name)
-
-        def spy(*arguments, name=name, real=real):
-            done.append((name, path.exists()))
-            return real(*arguments)
-
-        monkeypatch.setattr(os, name, spy)
-    gpt.save_checkpoint(path, random_model(vocab_size=280), gpt.load_tokenizer(280, LESSON))
-    assert done == [("fsync", False), ("replace", False)] and path.exists()
+@linux_only
+def test_a_kill_at_any_moment_leaves_a_whole_checkpoint():
+    """A dozen runs that save in every step are killed: what is there loads, and never goes back."""
+    command = f"{TRAIN} --steps 1000000 --save-every 1 --eval-every 1"
+    steps = []
+    for _ in range(12):
+        fork(command, rows=len(log()) + 2)
+        steps.append(training_state()["step"])
+        assert steps[-1] <= len(log()) and len(weights("out/best.pt"))
+        command = RESUME
+    assert steps == sorted(steps)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
-def test_a_full_disk_ends_the_run_and_nothing_else(begun, capsys, request):
+def test_a_full_disk_ends_the_run_and_nothing_else(capsys):
     """One line; the previous checkpoint is what it was, nothing lies beside it, and it goes on."""
     resource = pytest.importorskip("resource")
-    before = (begun / "checkpoint.pt").read_bytes()
+    run(capsys, f"{TRAIN} --val-fraction 0")
+    before = LAST.read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    request.addfinalizer(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
-    again = ["train", "--resume", "--out", begun, "--steps", 4, "--val-fraction", 0]
-    assert "checkpoint.pt" in refusal(capsys, *again)
-    assert (begun / "checkpoint.pt").read_bytes() == before
-    assert names(begun) == {"checkpoint.pt", "best.pt", "log.csv"}
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    run(capsys, *again)
+    try:
+        line = refusal(capsys, f"{RESUME} --steps 4")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "can't write out/checkpoint.pt" in line
+    assert LAST.read_bytes() == before and set(os.listdir("out")) == {"checkpoint.pt", "log.csv"}
+    run(capsys, f"{RESUME} --steps 4")
 
 
-def test_a_flipped_bit_is_noticed_or_does_no_harm(tmp_path):
-    """Anywhere in the file: it is refused, or (in the archive's padding) loads to the same bits."""
-    path = tmp_path / "checkpoint.pt"
-    model = random_model(gpt.GPTConfig(280, 8, n_embd=8, n_head=2, n_layer=1))
-    gpt.save_checkpoint(path, model, gpt.load_tokenizer(280, LESSON), {"step": 3})
+def test_a_checkpoint_is_mapped_for_sampling_and_read_for_training(capsys, monkeypatch):
+    """Windows can't replace a file that is mapped, as a resumed run does with its checkpoint."""
+    run(capsys, TRAIN)
+    monkeypatch.setattr(torch, "load", Mock(wraps=torch.load))
+    run(capsys, "sample --tokens 1")
+    run(capsys, f"{RESUME} --steps 3")
+    assert [call.kwargs["mmap"] for call in torch.load.call_args_list] == [True, False]
 
-    def content():
-        model, tokenizer, state = gpt.load_checkpoint(path)
-        tensors = [tensor.numpy().tobytes() for tensor in model.state_dict().values()]
-        return tensors, model.config, tokenizer.encode(LESSON), state
 
-    data = path.read_bytes()
-    expected = content()
-    places = {*range(0, len(data), 211), *range(64), *range(len(data) - 64, len(data))}
+def test_a_flipped_bit_is_noticed_or_does_no_harm():
+    """Anywhere in the file: it is refused, or (in the archive's padding) loads to what was saved,
+    the same weights to the bit, the same shape, the same tokens."""
+
+    def content(model, tokenizer, state):
+        numbers = torch.nn.utils.parameters_to_vector(model.parameters()).detach().numpy()
+        tokens = tokenizer.encode("the naïve ☕<|endoftext|>", allowed_special="all")
+        return numbers.tobytes(), model.config, tokens, tokenizer.decode(tokens), state
+
+    config = gpt.GPTConfig(280, context_length=8, n_embd=8, n_head=2, n_layer=1, fused=False)
+    saved = gpt.GPT(config), gpt.load_tokenizer(280, LESSON), {"step": 3}
+    gpt.save_checkpoint("model.pt", *saved)
+    data = Path("model.pt").read_bytes()
+    assert content(*gpt.load_checkpoint("model.pt")) == content(*saved)
     refused = 0
-    for place in places:
-        path.write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
+    for place in [*range(0, len(data), 211), *range(64), *range(len(data) - 64, len(data))]:
+        flipped = bytes([data[place] ^ 1 << place % 8])
+        Path("model.pt").write_bytes(data[:place] + flipped + data[place + 1 :])
         try:
-            assert content() == expected, place
+            assert content(*gpt.load_checkpoint("model.pt")) == content(*saved), place
         except gpt.UserError:
             refused += 1
-    assert refused > len(places) / 2
+    assert refused > 100
 
 
-class Bomb:
-    """Unpickled, it opens a file for writing."""
+def test_a_file_that_is_no_checkpoint_is_refused(capsys):
+    """One line with its name; code in it isn't run."""
 
-    def __reduce__(self):
-        return open, ("bang", "w")
+    class Bomb:
+        def __reduce__(self):
+            return open, ("bang", "w")  # so unpickling it makes a file
 
-
-FOREIGN = ["empty", "cut", "text", "foreign", "list", "future", "bomb", "bare", "weightless"]
-
-
-@pytest.mark.parametrize("kind", FOREIGN)
-def test_a_file_that_is_no_checkpoint_is_refused(kind, begun, tmp_path, capsys, monkeypatch):
-    """One line with its name; code in it isn't run, and nothing is written over it."""
-    monkeypatch.chdir(tmp_path)
-    path = Path("other.pt")
-    whole = (begun / "checkpoint.pt").read_bytes()
-    contents = {"empty": b"", "cut": whole[: len(whole) // 2], "text": b"I HAD always thought"}
-    objects = {"foreign": {"model": torch.ones(3)}, "list": [1, 2], "bomb": {"format": Bomb()}}
-    content = torch.load(begun / "checkpoint.pt", weights_only=True)
-    objects["future"] = content | {"format": 999}
-    objects["bare"] = {"format": content["format"]}
-    objects["weightless"] = content | {"weights": {}}
-    if kind in contents:
-        path.write_bytes(contents[kind])
-    else:
-        torch.save(objects[kind], path)
-    before = path.read_bytes()
-    assert "other.pt" in refusal(capsys, "sample", "--checkpoint", path)
-    assert path.read_bytes() == before and not Path("bang").exists()
-
-
-def test_a_resumed_run_reads_its_checkpoint_and_does_not_map_it(begun, capsys, monkeypatch):
-    """It is going to replace the file, which Windows refuses for one that is mapped."""
-    calls = []
-    real = torch.load
-
-    def spy(*arguments, **options):
-        calls.append(options["mmap"])
-        return real(*arguments, **options)
-
-    monkeypatch.setattr(torch, "load", spy)
-    run(capsys, "train", "--resume", "--out", begun, "--steps", 3)
-    assert calls == [False]
-
-
-# ==================================================================================================
-# 8 Plumbing: OpenAI's files
+    save_reciter("naïve")
+    whole = Path("model.pt").read_bytes()
+    good = torch.load("model.pt")
+    files = [b"", whole[: len(whole) // 2], whole[:-1], b"I HAD always"]
+    objects = [{"model": torch.ones(3)}, [1, 2], {"format": Bomb()}, {"format": good["format"]}]
+    for wrong in [*objects, good | {"format": 999}, good | {"weights": {}}]:
+        torch.save(wrong, "wrong.pt")
+        files.append(Path("wrong.pt").read_bytes())
+    for file in files:
+        Path("wrong.pt").write_bytes(file)
+        assert "wrong.pt" in refusal(capsys, "sample --checkpoint wrong.pt")
+    assert not Path("bang").exists()
 
 
 @pytest.fixture
-def server(tmp_path):
-    """OpenAI's server, with a very small GPT-2: (address, folder of its files, what was asked)."""
-    folder = tmp_path / "server" / "124M"
-    folder.mkdir(parents=True)
-    write_gpt2(folder, gpt.GPTConfig(50257, context_length=8, n_embd=8, n_head=1, n_layer=1))
-    asked = []
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            super().do_GET()
-
-        def log_message(self, *_):
-            pass
-
-    handler = functools.partial(Handler, directory=tmp_path / "server")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as service:
-        threading.Thread(target=service.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{service.server_port}", folder, asked
-        service.shutdown()
+def mirror(folder):
+    """The address of a server of the folder server/, with the two files of a very small GPT-2."""
+    hparams = {"n_vocab": 50257, "n_ctx": 16, "n_embd": 8, "n_head": 2, "n_layer": 1}
+    model = gpt.GPT(gpt.GPTConfig(*hparams.values()))
+    numbers = torch.nn.utils.parameters_to_vector(model.parameters()).detach().numpy()
+    Path("server/124M").mkdir(parents=True)
+    Path("server/124M", HPARAMS).write_text(json.dumps(hparams))
+    numbers.tofile(Path("server/124M", DATA))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory="server")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
-def test_the_files_are_downloaded_once(server, tmp_path):
-    """Two files, two requests; the second time, none. Nothing else is left in the folder."""
-    address, files, asked = server
-    for _ in range(2):
-        gpt.download_gpt2("124M", tmp_path / "gpt2" / "124M", address)
-        assert asked == ["/124M/hparams.json", f"/124M/{DATA}"]
-    assert names(tmp_path / "gpt2" / "124M") == {"hparams.json", DATA}
-    for name in ("hparams.json", DATA):
-        assert (tmp_path / "gpt2" / "124M" / name).read_bytes() == (files / name).read_bytes()
+def test_gpt2_is_downloaded_once_sampled_from_and_trained_on(mirror, vocabulary, capsys):
+    """sample --gpt2 fetches both files from the address; later no server is needed.
+    train --gpt2 starts from their weights; --context shortens the windows alone."""
+    command = "sample --gpt2 124M --tokens 3 --ignore-eos --gpt2-url"
+    first = run(capsys, f"{command} {mirror}")
+    assert "3 tokens in" in first.err and set(os.listdir("gpt2/124M")) == {HPARAMS, DATA}
+    assert run(capsys, f"{command} nowhere").out == first.out
+    tune = f"train --gpt2 124M --data lesson.txt --context 8 {PACE} --steps 1 --learning-rate 0"
+    assert " windows of 8\n" in run(capsys, tune).err
+    openais = gpt.place(gpt.load_gpt2("server/124M"), "cpu", torch.float32)
+    assert gpt.load_checkpoint(LAST)[0].config == openais.config
+    assert torch.equal(weights(), torch.nn.utils.parameters_to_vector(openais.parameters()))
 
 
-@pytest.mark.parametrize("damage", ["cut", "web page", "missing", "hparams"])
-def test_a_file_that_is_not_right_is_not_kept(damage, server, tmp_path):
-    """The error has the address; when the server is right again, so is the next try."""
-    address, files, _ = server
-    path = files / ("hparams.json" if damage == "hparams" else DATA)
-    whole = path.read_bytes()
-    path.write_bytes({"cut": whole[:-8], "missing": b""}.get(damage, b"<html>Log in first</html>"))
-    if damage == "missing":
-        path.unlink()
-    with pytest.raises(gpt.UserError, match=address):
-        gpt.download_gpt2("124M", tmp_path / "gpt2", address)
-    assert names(tmp_path / "gpt2") == set()
-    path.write_bytes(whole)
-    gpt.download_gpt2("124M", tmp_path / "gpt2", address)
-    assert (tmp_path / "gpt2" / path.name).read_bytes() == whole
+def test_a_download_that_goes_wrong_is_one_line(mirror, capsys, monkeypatch):
+    """The line has the address. Nothing is kept, and when the server is right, the next try is."""
+    monkeypatch.setattr(gpt, "load_tokenizer", lambda name: None)  # it isn't what is tested here
+    for address in (f"{mirror}/missing", f"{mirror}/a b", "nowhere", "http://127.0.0.1:9"):
+        assert address in refusal(capsys, f"sample --gpt2 124M --gpt2-url '{address}'")
+    for name, content in ((HPARAMS, b"{}"), (HPARAMS, b"<html>"), (DATA, b"<html>")):
+        whole = Path("server/124M", name).read_bytes()
+        Path("server/124M", name).write_bytes(content)
+        assert f"{mirror}/124M" in refusal(capsys, f"sample --gpt2 124M --gpt2-url {mirror}")
+        Path("server/124M", name).write_bytes(whole)
+    assert os.listdir("gpt2/124M") == []
+    gpt.download_gpt2("124M", "gpt2/124M", mirror)
+    assert set(os.listdir("gpt2/124M")) == {HPARAMS, DATA}
 
 
-def test_no_server_is_one_error(tmp_path):
-    """Nobody listens at this port, and the other is no address at all."""
-    for address in ("http://127.0.0.1:9", "http://127.0.0.1/a b", "nowhere"):
-        with pytest.raises(gpt.UserError, match=address):
-            gpt.download_gpt2("124M", tmp_path / "gpt2", address)
+@pytest.mark.parametrize("modern", [False, True], ids=["T4", "A100"])
+def test_the_accelerator_decides_the_dtype(modern, monkeypatch):
+    """A GPU without bfloat16 in hardware trains in float16; every GPU samples in float16."""
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: cuda)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
+
+    def is_bf16_supported(including_emulation=True):
+        return modern or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    options = SimpleNamespace(device="auto", dtype="auto", command="train")
+    assert gpt.choose_device(options) == (cuda, torch.bfloat16 if modern else torch.float16)
+    save_reciter("naïve")
+    monkeypatch.setattr(gpt, "place", Mock())  # its model stays on the CPU
+    gpt.main(["sample", "--checkpoint", "model.pt", "--tokens", "1"])
+    assert gpt.place.call_args.args[1:] == (cuda, torch.float16)
 
 
-def test_gpt2_is_sampled_and_fine_tuned(server, vocabulary, lesson, tmp_path, capsys):
-    """sample and train --gpt2 download, and training starts from OpenAI's weights."""
-    address, files, _ = server
-    gpt2 = ["--gpt2", "124M", "--gpt2-folder", tmp_path / "gpt2", "--gpt2-url", address]
-    assert "5 tokens" in run(capsys, "sample", *gpt2, "--tokens", 5, "--ignore-eos").err
-    few = ["--context", 8, "--batch-size", 1, "--steps", 1, "--learning-rate", 1e-9]
-    run(capsys, *lesson[:5], *gpt2, *few, "--weight-decay", 0)
-    tuned = weights(tmp_path / "out" / "checkpoint.pt")
-    for name, weight in gpt.load_gpt2(files).state_dict().items():
-        torch.testing.assert_close(tuned[name], weight, rtol=0, atol=1e-6)
-    for option in (["--size", "355M"], ["--n-layer", 2], ["--tokenizer", 300]):
-        assert option[0] in refusal(capsys, *lesson[:3], *gpt2, *option)
+def test_a_cpu_multiplies_quickly_but_never_rounds(monkeypatch):
+    """oneDNN may be used; on a processor that rounds then, the setting is what it was before."""
+    products = torch.backends.mkldnn.matmul
+    for rounds, expected in ((False, "bf16"), (True, "ieee")):
+        products.fp32_precision = "ieee"
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "equal", lambda x, y, rounds=rounds: not rounds)
+            gpt.set_up_cpu()
+        assert products.fp32_precision == expected
+    gpt.set_up_cpu()  # now for the processor that is here
+    x = torch.randn(300, 300, dtype=torch.float64)
+    torch.testing.assert_close((x.float() @ x.float()).double(), x @ x, rtol=0, atol=1e-3)
 
 
-# ==================================================================================================
-# 8 Plumbing: runs
+def test_a_resumed_run_may_change_what_does_not_fix_the_model(capsys):
+    """Steps, rate, intervals, dtype, another cut of the batch, the places of data and run."""
+    run(capsys, TRAIN)
+    before = log()
+    os.rename("lesson.txt", "moved.txt")
+    os.rename("out", "new")
+    assert "lesson.txt" in refusal(capsys, f"{RESUME} --out new --steps 5")
+    changes = "--steps 5 --learning-rate 1e-9 --save-every 2 --eval-every 2 --batch-size 2"
+    changes += " --accumulate 2 --dtype bfloat16 --data moved.txt"
+    printed = run(capsys, f"{RESUME} --out new {changes}")
+    assert printed.out.count("Hey") == 2, "a sample with each checkpoint, after steps 4 and 5"
+    assert set(os.listdir()) == {"moved.txt", "new"}
+    rows = log("new")
+    assert [row["step"] for row in rows] == list("12345")
+    assert [row["step"] for row in rows if row["val_loss"]] == ["2", "4", "5"]
+    assert rows[:2] == before and float(rows[-1]["learning_rate"]) <= 1e-9
 
 
-def test_options_given_again_count_from_there_on(lesson, tmp_path, capsys):
-    """--learning-rate, --weight-decay, --steps, --eval-every and a data file that has moved."""
-    run(capsys, *lesson, "--steps", 2, "--warmup", 0, "--eval-every", 1)
-    (tmp_path / "lesson.txt").rename(tmp_path / "moved.txt")
-    again = ["train", "--resume", "--out", tmp_path / "out", "--steps", 4, "--eval-every", 4]
-    assert "lesson.txt" in refusal(capsys, *again)
-    run(capsys, *again, "--data", tmp_path / "moved.txt", "--learning-rate", 0.25)
-    rows = log(tmp_path / "out")
-    assert [row["step"] for row in rows if row["val_loss"]] == ["1", "2", "4"]
-    assert float(rows[3]["learning_rate"]) == pytest.approx(0.025)
-    before = weights(tmp_path / "out" / "checkpoint.pt")
-    decay = ["--weight-decay", 8000, "--learning-rate", 1e-3, "--steps", 5]
-    run(capsys, *again, "--data", tmp_path / "moved.txt", *decay)
-    after = weights(tmp_path / "out" / "checkpoint.pt")
-    share = after["token_embedding"].norm() / before["token_embedding"].norm()
-    assert share < 0.3, "a rate of 0.0001 and a decay of 8,000 leave a fifth"
+def test_a_resumed_run_keeps_what_fixes_the_model(capsys):
+    """The line names the option, or has both numbers of what has to stay or can't go back.
+    Without --resume the run isn't touched: the line tells to go on, or to write elsewhere."""
+    run(capsys, TRAIN)
+    before = {file.name: file.read_bytes() for file in Path("out").iterdir()}
+    assert before.keys() == {"checkpoint.pt", "best.pt", "log.csv"}
+    fixed = "--size=124M --gpt2=124M --tokenizer=300 --context=8 --n-layer=2 --n-head=1 --seed=2"
+    fixed += " --n-embd=64 --dropout=0.5 --from-scratch --gpt2-folder=x"
+    for option in fixed.split():
+        name = option[2:].partition("=")[0].replace("-", "_")
+        assert name in refusal(capsys, f"{RESUME} --steps 9 {option}")
+    numbers = {"--batch-size 3": "3.* 4", "--accumulate 2": "8.* 4", "--steps 1": "1.* 2"}
+    for option, expected in numbers.items():
+        assert re.search(f" {expected}", refusal(capsys, f"{RESUME} {option}"))
+    assert re.search("checkpoint.pt.*--resume.*--out", refusal(capsys, TRAIN))
+    assert {file.name: file.read_bytes() for file in Path("out").iterdir()} == before
+    LAST.unlink()
+    assert re.search("best.pt.*--resume.*--out", refusal(capsys, TRAIN))
+    os.replace("out/best.pt", LAST)  # a model without the state of a run
+    assert "checkpoint.pt" in refusal(capsys, RESUME)
 
 
-def test_what_makes_the_model_can_not_be_changed(begun, capsys):
-    """An error names it; the global batch must stay, too, and steps that were taken stay taken."""
-    again = ["train", "--resume", "--out", begun, "--steps", 9]
-    for option in ("--seed 5", "--dropout 0.5", "--n-layer 3", "--tokenizer 300", "--from-scratch"):
-        name = option.split()[0].removeprefix("--").replace("-", "_")
-        assert name in refusal(capsys, *again, *option.split())
-    assert re.search(r"\b12\b.*\b4\b", refusal(capsys, *again, "--batch-size", 12))
-    assert re.search(r"\b1\b.*\b2\b", refusal(capsys, *again, "--steps", 1))
-    assert "there is no file" in refusal(capsys, "train", "--resume", "--out", begun / "none")
-    (begun / "best.pt").replace(begun / "checkpoint.pt")
-    assert "no run to go on with" in refusal(capsys, *again)
+def save_reciter(text):
+    """Save, as model.pt, a GPT that writes the n-th byte of the text at position n, whatever it
+    reads: its blocks add nothing, and each position points at the token that is to come."""
+    tokenizer = gpt.load_tokenizer(257, text)  # a token for each byte, and <|endoftext|>
+    tokens = tokenizer.encode(text, allowed_special="all")
+    torch.manual_seed(0)
+    model = gpt.GPT(gpt.GPTConfig(257, len(tokens), n_embd=64, n_head=1, n_layer=1))
+    directions = torch.nn.functional.normalize(torch.randn(257, 64))
+    with torch.no_grad():
+        for parameter in model.blocks.parameters():
+            parameter.zero_()
+        model.token_embedding.copy_(directions)
+        model.position_embedding.copy_(100 * directions[torch.tensor(tokens)])
+    gpt.save_checkpoint("model.pt", model, tokenizer)
 
 
-def test_a_folder_that_holds_a_run_is_not_touched(begun, lesson, capsys):
-    """The line says how to go on, and where else to write."""
-    before = {path.name: path.read_bytes() for path in begun.iterdir()}
-    line = refusal(capsys, *lesson)
-    assert "--resume" in line and "--out" in line
-    assert {path.name: path.read_bytes() for path in begun.iterdir()} == before
-
-
-def test_ctrl_c_is_one_line_and_status_130(lesson, tmp_path):
-    """Nothing is saved or waited for: --resume goes on from the last checkpoint."""
-    process = start(HERE / "gpt.py", *lesson, "--steps", 10**6)
-    wait_for(lambda: count_rows(tmp_path / "out") > 3, lambda: process.poll() is None)
-    process.send_signal(signal.SIGINT)
-    status, _, error = finish(process)
-    assert status == 130 and "--resume" in error.splitlines()[-1] and "Traceback" not in error
-
-
-@pytest.mark.parametrize(
-    "error", [ZeroDivisionError("bug"), RuntimeError("bug"), ValueError("bug")]
-)
-def test_a_bug_keeps_its_traceback(error, lesson, capsys, monkeypatch):
-    """Only what a user can mend becomes one line."""
-
-    def broken(*_):
-        raise error
-
-    monkeypatch.setattr(gpt, "cross_entropy", broken)
-    with pytest.raises(type(error), match="bug"):
-        run(capsys, *lesson)
-
-
-def test_memory_that_runs_out_is_one_line(lesson, tmp_path, capsys, monkeypatch):
-    """On a CPU it is a plain RuntimeError, known by its message; NumPy has a MemoryError."""
-    for error in (RuntimeError("DefaultCPUAllocator: not enough memory"), MemoryError()):
-
-        def broken(*_, error=error):
-            raise error
-
-        monkeypatch.setattr(gpt, "cross_entropy", broken)
-        assert "memory" in refusal(capsys, *lesson)
-    assert "memory" in refusal(capsys, *lesson, "--n-embd", 10**18, "--n-head", 1)
-
-
-def test_training_works_in_any_thread(lesson, tmp_path):
-    """No signal handler is set, which only the main thread may do."""
-    thread = threading.Thread(target=gpt.main, args=([str(x) for x in [*lesson, "--steps", 1]],))
-    thread.start()
-    thread.join()
-    assert training_state(tmp_path / "out")["step"] == 1
-
-
-# ==================================================================================================
-# 8 Plumbing: samples and the command line
-
-
-@pytest.fixture
-def recital(tmp_path):
-    """The command that samples from a model which says "naïve ☕☕☕☕..." for ever."""
-    tokenizer = gpt.load_tokenizer(257, "a")  # a token for each byte, and <|endoftext|>
-    path = tmp_path / "recital.pt"
-    gpt.save_checkpoint(path, reciter([*"naïve ☕☕☕".encode()], 257), tokenizer)
-    return ["sample", "--checkpoint", path, "--prompt", "A", "--temperature", 0, "--device", "cpu"]
-
-
-def test_the_text_goes_to_standard_output_and_the_figures_to_standard_error(recital, capsys):
-    """sample closes with tokens, seconds and tokens per second."""
-    printed = run(capsys, *recital, "--tokens", 16)
-    assert printed.out == "Anaïve ☕☕☕\n"
-    assert re.search(r"16 tokens in [\d.]+ s: [\d.]+ tokens per second", printed.err)
-
-
-def test_several_samples_have_headers_and_seeds_of_their_own(recital, capsys):
-    """The first of two is the sample of this seed, the second that of the next."""
-    wild = [*recital, "--temperature", 1e5, "--top-k", 257, "--tokens", 20, "--ignore-eos"]
-    both = run(capsys, *wild, "--samples", 2, "--seed", 7).out
-    one = run(capsys, *wild, "--seed", 7).out
-    other = run(capsys, *wild, "--seed", 8).out
+def test_the_text_goes_to_standard_output_and_the_figures_to_standard_error(capsys):
+    """The figures are tokens, seconds and tokens per second. Several samples have headers, and
+    seeds of their own: sample 2 of seed 7 is what seed 8 gives."""
+    save_reciter("naïve ☕☕☕")
+    printed = run(capsys, f"{RECITE} --tokens 43")
+    assert printed.out == "Anaïve " + 12 * "☕" + "\n"
+    assert re.fullmatch(r"43 tokens in [\d.]+ s: [\d.]+ tokens per second\n", printed.err)
+    wild = f"{RECITE} --temperature 1e5 --top-k 257 --tokens 20 --ignore-eos"
+    both = run(capsys, f"{wild} --samples 2 --seed 7").out
+    one, other = (run(capsys, f"{wild} --seed {seed}").out for seed in (7, 8))
     assert both == f"--- sample 1 ---\n{one}--- sample 2 ---\n{other}" and one != other
 
 
-def test_a_dash_reads_the_prompt_from_standard_input(recital, capsys, monkeypatch):
-    """All of it."""
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("ä\nb".encode()), "latin-1"))
-    assert run(capsys, *recital, "--prompt", "-", "--tokens", 1).out.startswith("ä\nb")
+def test_a_sample_has_any_prompt_and_stops_at_the_end_of_text(capsys, monkeypatch):
+    """<|endoftext|> isn't printed; with --ignore-eos the sample goes on behind it.
+    The prompt - is standard input, all of it, in UTF-8 whatever the system's code page."""
+    save_reciter("one<|endoftext|>two")
+    assert run(capsys, f"{RECITE} --tokens 7").out == "Aone\n"
+    assert run(capsys, f"{RECITE} --tokens 7 --ignore-eos").out == "Aone<|endoftext|>two\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("é\n☕".encode()), "latin-1"))
+    assert run(capsys, f"{RECITE} --prompt - --tokens 1").out == "é\n☕w\n"
+    for prompt in ("", "\n", "naïve \x00 日本語", "<|endoftext|>", "word " * 99):
+        assert run(capsys, f"{RECITE} --tokens 5 --prompt", prompt).out.startswith(prompt)
 
 
-def test_a_sample_stops_at_the_end_of_text(recital, tmp_path, capsys):
-    """<|endoftext|> stops it and isn't shown; with --ignore-eos the text goes on."""
-    said = [*b"one", 256, *b"two"]
-    tokenizer = gpt.load_tokenizer(257, "a")
-    gpt.save_checkpoint(tmp_path / "recital.pt", reciter(said, 257), tokenizer)
-    assert run(capsys, *recital, "--tokens", 6).out == "Aone\n"
-    assert run(capsys, *recital, "--tokens", 6, "--ignore-eos").out == "Aone<|endoftext|>tw\n"
-
-
-@pytest.mark.parametrize(
-    "prompt", ["", "\n", "naïve ☕ \x00 日本語", "<|endoftext|>", "word " * 99]
-)
-def test_any_prompt_works(prompt, recital, begun, capsys):
-    """Empty, of any Unicode, longer than the window; in the samples of training, too."""
-    assert "5 tokens" in run(capsys, *recital, "--prompt", prompt, "--tokens", 5).err
-    run(capsys, "train", "--resume", "--out", begun, "--steps", 3, "--prompt", prompt)
-
-
-def test_text_streams_as_utf_8_whatever_the_code_page(recital):
-    """Through a pipe, as it is made, in whole letters; and a closed pipe is no error."""
-    command = [*recital, "--tokens", 10**9]
-    process = start(HERE / "gpt.py", *command, PYTHONIOENCODING="cp1252")
+def test_text_streams_in_whole_characters_and_a_closed_pipe_is_no_error(monkeypatch):
+    """UTF-8 comes as it is made, whatever the code page; when nobody reads on, the sample ends."""
+    save_reciter("naïve ☕☕☕")
+    monkeypatch.setenv("PYTHONIOENCODING", "cp1252")
+    command = [sys.executable, HERE / "gpt.py", *RECITE.split(), "--tokens", "1000000000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     pieces = []
     while sum(len(piece) for piece in pieces) < 100:
         pieces.append(os.read(process.stdout.fileno(), 65536))
-        pieces[-1].decode("utf-8")
-    assert "aïve ☕☕☕" in b"".join(pieces).decode("utf-8")
+        assert pieces[-1], "it has ended"
+    assert "".join(piece.decode("utf-8") for piece in pieces).startswith("Anaïve ☕☕☕☕")
+    assert max(len(piece) for piece in pieces) < 4096, "a buffer of 8 KB was filled first"
     process.stdout.close()
-    error = process.stderr.read().decode()
-    assert not re.search("Traceback|Exception|[Ee]rror|[Bb]roken", error), error
-    assert process.wait(60) == 0
+    assert process.wait(60) == 0 and process.stderr.read() == b""
 
 
-def test_damaged_weights_are_one_line(recital, tmp_path, capsys):
-    """NaN among them: no text."""
-    model, tokenizer, _ = gpt.load_checkpoint(recital[2])
-    with torch.no_grad():
-        model.final_norm.bias[0] = math.nan
-    gpt.save_checkpoint(tmp_path / "nan.pt", model, tokenizer)
-    assert "finite" in refusal(capsys, "sample", "--checkpoint", tmp_path / "nan.pt")
-
-
-@pytest.mark.parametrize("command", ["train", "sample"])
-def test_help_lists_every_option(command, capsys, monkeypatch):
-    """Within 80 columns, and it is no mistake."""
-    options = "--gpt2 --gpt2-folder --gpt2-url --prompt --seed --device --dtype "
-    options += {
-        "train": "--data --val-fraction --tokenizer --size --context --n-layer --n-head --n-embd "
-        "--dropout --from-scratch --steps --batch-size --accumulate --stride --learning-rate "
-        "--warmup --weight-decay --clip --eval-every --save-every --compile --out --resume",
-        "sample": "--checkpoint --tokens --temperature --top-k --top-p --samples --ignore-eos",
-    }[command]
+def test_help_has_groups_and_fits_80_columns(capsys, monkeypatch):
+    """And it is no mistake."""
     monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit, match="0"):
-        gpt.main([command, "--help"])
-    text = capsys.readouterr().out
-    assert set(options.split()) <= set(re.findall(r"--[\w-]+", text))
-    assert max(len(line) for line in text.splitlines()) <= 80
+    groups = {"train": "data model training output GPT-2 other", "sample": "text GPT-2 other"}
+    for command, names in groups.items():
+        with pytest.raises(SystemExit, match="0"):
+            gpt.main([command, "--help"])
+        text = capsys.readouterr().out
+        assert re.findall(r"^([\w-]+):$", text, re.MULTILINE) == ["options", *names.split()]
+        assert max(len(line) for line in text.splitlines()) <= 80
 
 
 WRONG = {  # options: what they can't be
-    "train steps batch-size accumulate context stride n-layer n-head n-embd eval-every": "0 1.5 nan",
+    "train steps batch-size accumulate stride context eval-every save-every": "0 -1 1.5 nan",
+    "train n-layer n-head n-embd": "0 -1 1.5 nan",
     "train warmup seed": "-1 0.5 inf",
     "train val-fraction dropout": "-0.1 1 nan",
     "train learning-rate weight-decay clip": "-1 nan inf",
-    "train size dtype device gpt2": "huge",
-    "train tokenizer": "bpe 256",
-    "sample tokens top-k samples": "0 0.5 x",
+    "train size device dtype gpt2": "huge",
+    "sample tokens top-k samples": "-1 0 0.5 nan x",
     "sample temperature": "-1 nan inf",
-    "sample top-p": "0 1.1 nan",
-    "sample seed": "-1 2e9",
+    "sample top-p": "-0.1 0 1.1 nan",
 }
+ABSENT = "mps" if torch.cuda.is_available() else "cuda"
+MISTAKES = {  # the command: what its line has to name, a regular expression
+    "": "command",
+    "trian": "trian",
+    "train --step 5": "--step",
+    f"{TRAIN} --device {ABSENT}": f"{ABSENT}.*cpu",
+    f"{TRAIN} --tokenizer bpe": "bpe.*gpt2",
+    f"{TRAIN} --tokenizer 256": r"\b256\b",
+    f"{TRAIN} --n-head 3": "n_embd 32.*n_head 3",
+    f"{TRAIN} --n-embd {10**18}": "memory",
+    f"{TRAIN} --data missing.txt": "missing.txt",
+    f"{TRAIN} --data latin": "latin.*UTF-8",
+    f"{TRAIN} --data short": r"short.*\b1\b.*\b17\b",
+    f"{TRAIN} --data 2.bin": "tokenizer.*280",
+    f"{TRAIN} --data 1.bin": "1.bin.*two bytes",
+    "train --gpt2 124M --size 355M": "--gpt2.*--size",
+    "train --gpt2 124M --n-layer 2": "--gpt2.*--n-layer",
+    "train --gpt2 124M --tokenizer 300": "--gpt2.*--tokenizer",
+    "train --resume --out nowhere": "nowhere.checkpoint.pt",
+    "sample --checkpoint missing.pt": "missing.pt",
+    "sample --checkpoint x.pt --gpt2 124M": "--gpt2.*--checkpoint",
+}
+for words, values in WRONG.items():
+    command, *names = words.split()
+    for name, value in itertools.product(names, values.split()):
+        MISTAKES[f"{command} --{name}={value}"] = rf"--{name}\b.*{re.escape(value)}"
 
 
-@pytest.mark.parametrize("options", WRONG)
-def test_a_wrong_value_is_one_line_that_names_it(options, lesson, capsys):
-    """Nothing is written."""
-    command, *option_names = options.split()
-    start = [*lesson[:5]] if command == "train" else ["sample"]
-    for name in option_names:
-        for value in WRONG[options].split():
-            line = refusal(capsys, *start, f"--{name}={value}")
-            assert re.search(rf"{name}.*{re.escape(value)}", line), line
-    assert not lesson[4].exists()
+@pytest.mark.parametrize("command", MISTAKES)
+def test_a_mistake_is_one_line_that_says_what_was_given(command, capsys):
+    """`gpt.py: error: ...`, status 2, no traceback; nothing is written."""
+    for name, content in (("latin", b"\xef"), ("short", b"!"), ("1.bin", b"!"), ("2.bin", b"!!")):
+        Path(name).write_bytes(content)
+    before = sorted(os.listdir())
+    line = refusal(capsys, command)
+    assert re.search(MISTAKES[command], line), line
+    assert sorted(os.listdir()) == before
 
 
-def test_a_wrong_command_or_file_is_one_line(lesson, tmp_path, capsys, monkeypatch):
-    """It names what was given."""
-    monkeypatch.chdir(tmp_path)
-    Path("latin.txt").write_bytes("naïve".encode("latin-1"))
-    Path("short.txt").write_text("!")
-    Path("odd.bin").write_bytes(bytes(99))
-    Path("even.bin").write_bytes(bytes(98))
-    mistakes = {
-        "trian": "trian",
-        "train surplus": "surplus",
-        "train --step 5": "--step",
-        "sample --checkpoint missing.pt": "missing.pt",
-        "sample --checkpoint x.pt --gpt2 124M": "--gpt2.*--checkpoint",
-    }
-    small = f"train --out new {SHAPE}"
-    mistakes |= {
-        f"{small} --tokenizer 280 --data missing.txt": "missing.txt",
-        f"{small} --tokenizer 280 --data latin.txt": "UTF-8",
-        f"{small} --tokenizer 280 --data short.txt": r"short.txt.*\b1\b.*\b17\b",
-        f"{small} --tokenizer 300 --data even.bin": "tokenizer",
-        f"{small} --tokenizer 280 --data short.txt --n-head 3": "n_embd 32.*n_head 3",
-    }
-    for command, expected in mistakes.items():
-        assert re.search(expected, refusal(capsys, *command.split()))
-    assert not Path("new").exists() or names(Path("new")) == set()
+def test_what_ends_a_run_is_one_line_unless_it_is_a_bug(capsys, monkeypatch):
+    """Ctrl-C ends with status 130, and nothing is saved. Who lacks memory is told what to do.
+    A bug keeps its traceback: who edits gpt.py has to see where it failed."""
+    monkeypatch.setattr(gpt, "cross_entropy", Mock(side_effect=KeyboardInterrupt))
+    assert re.search("stopped.*--resume", refusal(capsys, TRAIN, status=130))
+    assert os.listdir("out") == ["log.csv"]
+    for error in (MemoryError(), RuntimeError("not enough memory"), RuntimeError("out of memory")):
+        gpt.cross_entropy.side_effect = error
+        assert re.search(f"{error}.*smaller model", refusal(capsys, TRAIN))
+    for error in (ZeroDivisionError("bug"), RuntimeError("bug"), ValueError("bug")):
+        gpt.cross_entropy.side_effect = error
+        with pytest.raises(type(error), match="bug"):
+            run(capsys, TRAIN)
 
 
-@pytest.mark.parametrize("columns", [0, 40, None])
-def test_lines_fit_any_terminal(columns, capsys, monkeypatch):
-    """One that is to be overwritten is cut to its width; it is left out where there is none."""
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: columns is not None)
-    size = os.terminal_size((columns or 80, 24))
-    monkeypatch.setattr(shutil, "get_terminal_size", lambda: size)
-    gpt.show("x" * 200, keep=False)
-    gpt.show("done")
-    written = capsys.readouterr().err
-    if columns is None:
-        assert written == "done\n"
-    else:
-        passing, kept = written.split("\r")
-        assert passing == "x" * (size.columns - 1) and kept.rstrip() == "done"
+def test_training_works_in_a_thread():
+    """Also in one that isn't the main one, as in a notebook."""
+    thread = threading.Thread(target=gpt.main, args=(TRAIN.split(),))
+    thread.start()
+    thread.join()
+    assert training_state()["step"] == 2
 
 
-@pytest.mark.parametrize("hardware", [True, False], ids=["has bfloat16", "emulates bfloat16"])
-def test_auto_takes_what_the_gpu_has_in_hardware(hardware, monkeypatch):
-    """A T4 trains in float16; an A100 in bfloat16. Samples are float16 on both."""
-    monkeypatch.setattr(
-        torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda")
-    )
-    monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
-    monkeypatch.setattr(
-        torch.cuda,
-        "is_bf16_supported",
-        lambda including_emulation=True: hardware or including_emulation,
-    )
-    for command in ("train", "sample"):
-        options = types.SimpleNamespace(device="auto", dtype="auto", command=command)
-        device, dtype = gpt.choose_device(options)
-        expected = torch.bfloat16 if hardware and command == "train" else torch.float16
-        assert (device.type, dtype) == ("cuda", expected)
-
-
-def test_it_runs_without_docstrings_and_without_tensorflow():
-    """python -OO strips the docstrings, and gpt.py never imports TensorFlow."""
-    code = "import sys, gpt\ngpt.make_parsers()\nassert 'tensorflow' not in sys.modules"
-    status, _, error = finish(start("-OO", "-c", code))
-    assert status == 0, error
+def test_gpt_py_needs_no_docstrings_and_no_tensorflow():
+    """It runs under python -OO, which strips the docstrings, and where TensorFlow is missing."""
+    save_reciter("naïve")
+    code = f"import sys; sys.modules['tensorflow'] = None; import gpt; gpt.main({RECITE.split()})"
+    assert python("-OO", "-c", code)[0].startswith("Anaïve")
