@@ -2,10 +2,10 @@
 
 A GPT (generative pre-trained transformer) is a neural network that continues a text. It reads
 tokens, which are words, parts of words or single bytes, and gives every token that it knows a score
-for coming next. One is drawn by these scores and appended, and the network is asked again.
-Training, on much text, changes its parameters, millions of numbers, step by step, until the tokens
-that really come next get high scores. A transformer is made of blocks in which tokens exchange
-information.
+for coming next. One token is drawn by these scores and appended, and the network is asked again.
+Training, first on much text of every kind, changes its parameters, millions of numbers, step by
+step, until tokens that really come next get high scores. A transformer is made of blocks in which
+tokens exchange information.
 
     python gpt.py train                             a small GPT learns a short story by heart
     python gpt.py sample --prompt "I HAD always"    it continues a text
@@ -109,11 +109,11 @@ SMALL_CONFIG = GPTConfig(context_length=64, n_embd=384, n_head=6, n_layer=2)  # 
 # ==================================================================================================
 # 2 Layers
 # Inside the model, C numbers stand for each token. A layer reads these numbers and adds its result
-# to them. They are called the residual stream, since a layer need not pass on what is known
-# already: it contributes only the rest, the residue, that is still missing. A sum also hands its
-# gradient on unchanged, so even the first of many layers gets one that it can learn from (He et al.
-# 2016, "Deep Residual Learning for Image Recognition"). Most parameters are in nn.Linear(m, n): a
-# learned matrix W (n, m) and a bias b (n,), which make n numbers of m, x Wᵀ + b.
+# to them. They are called the residual stream, since a layer contributes only the rest, the
+# residue, that is still missing. A sum also hands its gradient on unchanged, so even the first of
+# many layers gets one that it can learn from (He et al. 2016, "Deep Residual Learning for Image
+# Recognition"). Most parameters are in nn.Linear(m, n): a learned matrix W (n, m) and a bias b
+# (n,), which make n numbers of m, x Wᵀ + b.
 #
 # Dropout sets a random share of numbers to 0 while the model trains, and enlarges the others to
 # keep their mean: after the embeddings (section 3), on the attention weights, and on each layer's
@@ -304,8 +304,8 @@ class TransformerBlock(nn.Module):
 # matrix acts on the C numbers of one token at a time, however many tokens there are.
 #
 # The scores at the end, called logits, are scalar products of a position's C numbers with the
-# embeddings of all tokens: the table serves twice, the output head is "tied" to it. So tokens with
-# similar embeddings get similar scores (Press and Wolf 2017, "Using the Output Embedding to Improve
+# embeddings of all tokens: the output head is "tied" to the table. So tokens with similar
+# embeddings get similar scores (Press and Wolf 2017, "Using the Output Embedding to Improve
 # Language Models"), and a second table of V C = 38.6 million numbers is saved: 124M has 124.4
 # million parameters, and would have 163.0 untied.
 class GPT(nn.Module):
@@ -321,8 +321,8 @@ class GPT(nn.Module):
         if self.token_embedding.is_meta:
             return  # a "meta" tensor has a shape and no memory: its numbers will come from a file
         # Each block adds two results to the stream, and the variances of 2 n_layer results add up.
-        # The matrices that make them, all called `projection`, start divided by sqrt(2 n_layer), so
-        # the stream ends at the same size in a model of any depth. Source: GPT-2 paper, 2.3.
+        # The matrices that make them, all called `projection`, start with 0.02 / sqrt(2 n_layer),
+        # so the stream ends at the same size in a model of any depth. Source: GPT-2 paper, 2.3.
         for name, parameter in self.named_parameters():
             if name.endswith("projection.weight"):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
@@ -372,7 +372,7 @@ def cross_entropy(logits, targets):
 # four. The 256 bytes can write any text, but long, and a model reads only so many tokens at once.
 # Byte-pair encoding makes a new token of the most frequent pair of neighbours, and repeats this
 # until the vocabulary is large enough: GPT-2's has the 256 bytes, 50,000 merged pairs, and
-# <|endoftext|>. That one ends each document of the training text. When the model writes it, the
+# <|endoftext|>. That one ended each document that GPT-2 was trained on. When a model writes it, the
 # text is over; in place of an empty prompt it means "begin a new text". Merging never crosses the
 # border of a word, or "dog.", "dog!" and "dog?" would each become a token. "I'd say 42!" is cut
 # into  "I"  "'d"  " say"  " 42"  "!"  (GPT-2 paper, section 2.2; src/encoder.py).
@@ -522,10 +522,9 @@ def learning_rate(step, options):
     return options.learning_rate * (0.1 + 0.9 * cosine)
 
 
-# Clipping. Now and then a batch is so unusual that its gradient is many times as long as others,
-# and one step along it can undo hundreds. A gradient whose norm, the root of the sum of its squared
-# numbers, exceeds --clip is scaled down to it (Pascanu et al. 2013, "On the difficulty of training
-# recurrent neural networks").
+# Clipping. Now and then a batch is so unusual that one step along its gradient can undo hundreds. A
+# gradient whose norm, the root of the sum of its squared numbers, exceeds --clip is scaled down to
+# it (Pascanu et al. 2013, "On the difficulty of training recurrent neural networks").
 #
 # Accumulation. backward() adds to the gradients that are there. So a batch that the memory can't
 # hold is read in micro-batches: with each loss divided by their number, the gradients add up to
@@ -533,18 +532,18 @@ def learning_rate(step, options):
 # is drawn otherwise), with half the memory for what forward keeps, in somewhat more time.
 #
 # 16 bits. GPUs multiply 16-bit numbers many times as fast as 32-bit ones. Under autocast, PyTorch
-# rounds what goes into matrix products to 16 bits; parameters, their gradients, AdamW's means and
-# the loss stay in float32 (Micikevicius et al. 2018, "Mixed Precision Training"). bfloat16 has the
-# range of float32 with fewer digits. float16 has more digits than bfloat16 but a smaller range, and
-# on its way back through the products to the parameters a gradient is float16, too: below 3e-8 it
-# would become 0. So a scaler multiplies the loss, and with it every gradient, by a large number, at
-# first 65,536, and divides the parameters' gradients by it before clipping. If a gradient is
-# infinite all the same, the scaler leaves out that step and halves the number.
+# rounds what goes into matrix products and what comes out to 16 bits; LayerNorms, the stream, the
+# loss, parameters, their gradients and AdamW's means stay in float32 (Micikevicius et al. 2018,
+# "Mixed Precision Training"). bfloat16 has the range of float32 with fewer digits. float16 has more
+# digits than bfloat16 but a smaller range, and on its way back through the products to the
+# parameters a gradient is float16, too: below 3e-8 it would become 0. So a scaler multiplies the
+# loss, and with it every gradient, by a large number and divides the parameters' gradients by it
+# before clipping. If one is infinite, the scaler leaves out the step and halves its number.
 #
 # Several processes, one for each GPU, have the same model and optimizer and read windows of their
-# own. `torchrun --nproc_per_node=2 gpt.py train` starts two. In the last micro-batch's backward,
-# DistributedDataParallel replaces the gradients of each process by their mean over all of them. So
-# all take the same step, and their models stay the same.
+# own (`torchrun --nproc_per_node=2 gpt.py train` starts two). In the last micro-batch's backward,
+# DistributedDataParallel replaces the gradients of each by their mean over all processes, so all
+# take the same step and their models stay the same.
 def training_step(model, batches, optimizer, scaler, autocast, clip):
     """One step of the optimizer, on one or more micro-batches -> (loss, norm of the gradient)."""
     total = 0.0
@@ -567,7 +566,7 @@ def training_step(model, batches, optimizer, scaler, autocast, clip):
 def draw_batches(windows, step, options, model):
     """The windows that a step reads, as micro-batches; it also seeds the dropout of the step.
     Both depend on the seed and the step alone, so a resumed run draws what one that was never
-    stopped would draw. Windows are drawn with replacement. Of N processes, each reads every N-th."""
+    stopped draws. Windows are drawn with replacement. Of N processes, each reads every N-th."""
     draw = np.random.default_rng((options.seed, step))
     count = options.batch_size * options.accumulate * WORLD_SIZE
     numbers = draw.integers(len(windows), size=count)[RANK::WORLD_SIZE]
@@ -616,7 +615,7 @@ def train(options, run=None):
         loss, norm = training_step(
             learner, batches, optimizer, scaler=scaler, autocast=autocast, clip=options.clip
         )
-        # A scaler below 1 has been halved so often that the gradient itself must be infinite.
+        # The scaler's number, 65,536 at first, is below 1 only if the true gradient is infinite.
         left_out = scaler.is_enabled() and scaler.get_scale() >= 1
         if not math.isfinite(loss) or not (math.isfinite(norm) or left_out):
             raise UserError(f"step {step}: loss {loss}, gradient {norm}; lower --learning-rate")
@@ -655,7 +654,8 @@ def train(options, run=None):
 # Top-p keeps the most probable ones until their sum reaches p: few where the model is sure, many
 # where it is not (Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration"). What is
 # kept is divided by its sum. Temperature doesn't change which k tokens are the most probable, but
-# it does change the sums that top-p looks at, so it has to come before top-p. For example:
+# it does change the sums that top-p looks at. These should be sums of the probabilities by which
+# tokens are really drawn, so temperature comes first. For example:
 #     four tokens have the probabilities            0.40  0.30  0.20  0.10
 #     temperature 0.5: squared, divided by 0.30     0.53  0.30  0.13  0.03
 #     top-k 3: the last is dropped                  0.55  0.31  0.14  0
@@ -695,7 +695,7 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
 # that was read serves all B T rows of a batch: there the speed of arithmetic is the bound.
 class KVCache:
     """The keys and values of `length` tokens, in buffers that are made once.
-    They are float32 also beside 16-bit weights: a CPU sums float32 faster."""
+    They are float32 beside 16-bit weights, too: they are few, and a CPU sums float32 faster."""
 
     def __init__(self, config, batch_size, length=None, device=None):
         room = length or config.context_length
