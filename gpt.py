@@ -79,7 +79,7 @@ class GPTConfig:
     n_embd: int = 768  # C
     n_head: int = 12  # H
     n_layer: int = 12  # blocks, one after the other
-    dropout: float = 0.0  # the share of numbers that training sets to 0; OpenAI used 0.1
+    dropout: float = 0.0  # the share of numbers that training sets to 0
     fused: bool = True  # True: PyTorch's fast routines; False: the same by hand
 
     def __post_init__(self):
@@ -137,7 +137,7 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.n_embd))
 
     def forward(self, x):
-        if not self.fused:  # in 32 bits: float16 ends at 65,504, and the square of 256 is beyond
+        if not self.fused:  # in 32 bits: float16 ends at 65,504, below the square of 256
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
             wide = wide - wide.mean(dim=-1, keepdim=True)  # (B, T, C) - (B, T, 1)
             variance = wide.square().mean(dim=-1, keepdim=True)  # divided by C, not by C - 1
@@ -238,7 +238,7 @@ class CausalSelfAttention(nn.Module):
         dropout = self.config.dropout if self.training else 0.0
         T = q.shape[2]
         S = k.shape[2]
-        if self.config.fused and T == S:  # nothing was read before: is_causal is right only then
+        if self.config.fused and T == S:  # is_causal is for texts of which nothing was read before
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         if self.config.fused and T == 1 and q.is_cpu:
             return attention_of_one(q, k, v)
@@ -252,9 +252,9 @@ class CausalSelfAttention(nn.Module):
 class FeedForward(nn.Module):
     """Work on what a token has gathered, for each by itself: gelu(x W₁ᵀ + b₁) W₂ᵀ + b₂.
     Attention only takes means; here conclusions are drawn from them. Each of the 4C hidden numbers
-    responds to one pattern in a token's C numbers, and where the pattern is found, a row of W₂ᵀ is
-    added to the stream. Two thirds of a block's weights are here. Without the GELU between them,
-    two matrices can do no more than one, their product. The width, 4C, is that of Vaswani et al.
+    tells how much of one pattern is in a token's C numbers, and so much of a row of W₂ᵀ is added to
+    the stream. Two thirds of a block's weights are here. Without the GELU between them, two
+    matrices can do no more than one, their product. The width, 4C, is that of Vaswani et al.
     2017, section 3.3. Source: src/model.py, mlp()."""
 
     def __init__(self, config):
@@ -399,7 +399,7 @@ def train_bpe(text, vocab_size):
     Machine Translation of Rare Words with Subword Units", algorithm 1."""
     if vocab_size < 256:
         raise UserError(f"a vocabulary of {vocab_size} tokens can't hold the 256 bytes")
-    # Python's re has no \p. There, a letter is almost a \w that is neither a digit nor _ (but ½).
+    # Python's re has no \p. A \w that is no digit and no _ is a letter here (½ counts as one, too).
     pattern = WORDS.replace(r"[^\s\p{L}\p{N}]", r"(?:[^\s\w]|_)")
     pattern = pattern.replace(r"\p{L}", r"[^\W\d_]").replace(r"\p{N}", r"\d")
     words = collections.Counter()  # {a word as a tuple of tokens: how often it occurs}
@@ -414,7 +414,7 @@ def train_bpe(text, vocab_size):
         if not pairs:
             break
         pair = max(pairs, key=pairs.get)  # of equally frequent ones, the first in the text
-        ranks.setdefault(pair[0] + pair[1], len(ranks))  # "ab" "c" and "a" "bc" make the same
+        ranks.setdefault(pair[0] + pair[1], len(ranks))  # it may be there: "ab" "c", "a" "bc"
         words = {merge_pair(word, pair): count for word, count in words.items()}
     return ranks
 
@@ -451,7 +451,6 @@ def load_tokenizer(name=None, text=None):
 # A window is context_length tokens of the text, the input, and the same moved on by one, the
 # target: at each position, the token that comes next. With a context of 4 and a stride of 2, the
 # distance from one window to the next, the first two windows are
-#
 #     text               I     HAD      always    thought   Jack     Gis     burn
 #     window 0, input    I     HAD      always    thought
 #               target   HAD   always   thought   Jack
@@ -502,7 +501,7 @@ class SlidingWindows(Dataset):
 # and a LayerNorm with weights near 0 would hand on nothing but its bias.
 def make_optimizer(model, weight_decay):
     """AdamW. Its means are running means: in each step, mean = beta mean + (1 - beta) new number.
-    With betas 0.9 and 0.95, about the last 10 and 20 steps count. fused: all in one loop in C++.
+    With betas 0.9 and 0.95, about the last 10 and 20 steps count. fused: PyTorch's fast version.
     Source: Brown et al. 2020, "Language Models are Few-Shot Learners", appendix B."""
     matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
@@ -522,14 +521,15 @@ def learning_rate(step, options):
     return options.learning_rate * (0.1 + 0.9 * cosine)
 
 
-# Clipping. Now and then a batch is so unusual that one step along its gradient can undo hundreds. A
-# gradient whose norm, the root of the sum of its squared numbers, exceeds --clip is scaled down to
-# it (Pascanu et al. 2013, "On the difficulty of training recurrent neural networks").
+# Clipping. Now and then a batch is so unusual that its gradient is many times as long as others,
+# and it would rule AdamW's means for many steps. If a gradient's norm, the root of the sum of its
+# squares, exceeds --clip, it is scaled down to that (Pascanu et al. 2013, "On the difficulty of
+# training recurrent neural networks").
 #
 # Accumulation. backward() adds to the gradients that are there. So a batch that the memory can't
 # hold is read in micro-batches: with each loss divided by their number, the gradients add up to
-# that of the whole batch. --batch-size 4 --accumulate 2 takes the steps of --batch-size 8 (dropout
-# is drawn otherwise), with half the memory for what forward keeps, in somewhat more time.
+# that of the whole batch. --batch-size 4 --accumulate 2 takes the steps of --batch-size 8, but for
+# dropout, with half the memory for what forward keeps, in somewhat more time.
 #
 # 16 bits. GPUs multiply 16-bit numbers many times as fast as 32-bit ones. Under autocast, PyTorch
 # rounds what goes into matrix products and what comes out to 16 bits; LayerNorms, the stream, the
@@ -714,17 +714,17 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
-# A full window has no position for one more token, and it can't drop just its first one: all others
-# would move to new positions, and need new keys and values. So it drops half: the newest half, the
-# new token included, is read afresh at positions 0, 1, ..., which leaves room for as many again. On
+# A full window has no position for one more token. Without its first one, all others would move to
+# new positions and need new keys and values, for each new token again. So the older half is dropped
+# at once, and the newer half, the new token included, is read afresh at positions 0, 1, ...: on
 # average a token costs hardly more. [ a b c d e f g h ] + i becomes [ f g h i . . . . ].
 def generate(
     model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos=None, seed=None
 ):
     """Yield the next token of each row, int64 (B,), up to max_new_tokens times.
     prompt: int64 (B, T), of which the newest context_length tokens are read. A row that has
-    produced eos, the end-of-text token, goes on with it; it ends when all rows have. Without a
-    seed, the text is another one each time."""
+    produced eos, the end-of-text token, goes on with eos; when all rows have, generate ends.
+    Without a seed, the text is another one each time."""
     context_length = model.config.context_length
     if prompt.dim() != 2 or prompt.numel() == 0:
         raise UserError(f"the prompt is {tuple(prompt.shape)}; it must be (B, T), not empty")
