@@ -112,8 +112,8 @@ SMALL_CONFIG = GPTConfig(context_length=64, n_embd=384, n_head=6, n_layer=2)  # 
 # to them. They are called the residual stream, since a layer contributes only the rest, the
 # residue, that is still missing. A sum also hands its gradient on unchanged, so even the first of
 # many layers gets one that it can learn from (He et al. 2016, "Deep Residual Learning for Image
-# Recognition"). Most parameters are in nn.Linear(m, n): a learned matrix W (n, m) and a bias b
-# (n,), which make n numbers of m, x Wᵀ + b.
+# Recognition"). Most layers have an nn.Linear(m, n): a learned matrix W (n, m) and a bias b (n,),
+# which make n numbers of m, x Wᵀ + b.
 #
 # Dropout sets a random share of numbers to 0 while the model trains, and enlarges the others to
 # keep their mean: after the embeddings (section 3), on the attention weights, and on each layer's
@@ -458,7 +458,7 @@ def load_tokenizer(name=None, text=None):
 #               target                  thought   Jack      Gis      burn
 #
 # When the stride is below the context, windows overlap, and tokens are learned at more than one
-# position. Else each is learned at one position only, and predicted badly at others.
+# position. Else each is learned at one position only, with one and the same text before it.
 class SlidingWindows(Dataset):
     """Item i is (input, target), each int64 (context_length,), from token i * stride on.
     tokens: a tensor, an array or a numpy.memmap, of which only the item's part is read."""
@@ -615,7 +615,7 @@ def train(options, run=None):
         loss, norm = training_step(
             learner, batches, optimizer, scaler=scaler, autocast=autocast, clip=options.clip
         )
-        # The scaler's number, 65,536 at first, is below 1 only if the true gradient is infinite.
+        # The scaler's number, 65,536 at first, is below 1 only if the gradient itself is too large.
         left_out = scaler.is_enabled() and scaler.get_scale() >= 1
         if not math.isfinite(loss) or not (math.isfinite(norm) or left_out):
             raise UserError(f"step {step}: loss {loss}, gradient {norm}; lower --learning-rate")
@@ -743,7 +743,7 @@ def generate(
                 cache.length = 0
             unread = window[:, cache.length :]  # the prompt at first, later the newest token
             logits = model(unread, cache, last_only=True)[:, -1]  # (B, V)
-            if not logits.isfinite().all():
+            if not logits.sum().isfinite():  # one number that is not makes the sum so, too
                 raise UserError("the model's logits are not finite: its weights are damaged")
             token = sample_token(logits, temperature, top_k=top_k, top_p=top_p, generator=generator)
             if eos is not None:
@@ -959,8 +959,8 @@ def set_up_cpu():
     does shows it in a product with the identity matrix, and is set back."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that an older glibc takes
-        mallopt(M_MMAP_THRESHOLD, 2**30)
+        mallopt(M_MMAP_THRESHOLD, 2**25)  # bytes; the most that an older glibc takes, which
+        mallopt(M_MMAP_THRESHOLD, 2**30)  # refuses this one
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     products = torch.backends.mkldnn.matmul
     before = products.fp32_precision
@@ -972,9 +972,9 @@ def set_up_cpu():
 
 def attention_of_one(q, k, v):
     """attention() of one query, T = 1. On a CPU, this is quicker than two products of matrices."""
-    scores = (q * k).sum(dim=-1, keepdim=True)  # (B, H, S, 1)
-    weights = torch.softmax(scores / math.sqrt(q.shape[-1]), dim=-2)  # it may see all: no mask
-    return (weights * v).sum(dim=-2, keepdim=True)  # (B, H, 1, D)
+    scores = (q * k).sum(dim=-1) / math.sqrt(q.shape[-1])  # (B, H, S)
+    weights = torch.softmax(scores, dim=-1)  # it may see all tokens: no mask
+    return (weights.unsqueeze(-1) * v).sum(dim=-2, keepdim=True)  # (B, H, 1, D)
 
 
 def place(model, device, dtype):
