@@ -428,7 +428,7 @@ def test_offline_a_vocabulary_is_learned_unless_gpt2s_is_meant(capsys, monkeypat
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})  # what was loaded before is forgotten
     assert "1,024 tokens are learned from the text" in run(capsys, BARE).err
     tokenizer = gpt.load_checkpoint(LAST)[1]
-    assert 257 < tokenizer.n_vocab <= 1024
+    assert gpt.load_tokenizer(None, str([*range(999)])).n_vocab == 1024
     assert tokenizer.decode(tokenizer.encode(LESSON)) == LESSON
     Path("x.bin").write_bytes(bytes(100))
     for reason in ("--tokenizer gpt2", "--data x.bin", "--gpt2 124M"):
@@ -553,9 +553,9 @@ def test_a_run_that_died_goes_on_to_the_bit(dtype, capsys, monkeypatch):
 @linux_only
 def test_a_killed_process_goes_on_to_the_bit():
     """Also where several threads share the work, in a model that is large enough for it."""
-    larger = f"{RANDOM} --context 64 --batch-size 8 --n-embd 128 --steps 14"
+    larger = f"{RANDOM} --context 64 --batch-size 8 --n-embd 128 --steps 20"
     fork(larger, rows=8)
-    assert len(log()) < 14, "it was to be killed before the end"
+    assert len(log()) < 20, "it was to be killed before the end"
     for command in (RESUME, f"{larger} --out whole"):
         fork(command)
     assert_same_run("out", "whole")
@@ -645,12 +645,12 @@ def test_float16_leaves_out_a_step_whose_gradient_is_too_large(capsys, monkeypat
     assert re.search(r"step 18\b.*--learning-rate", refusal(capsys, f"{RESUME} --steps 99"))
 
 
-@pytest.mark.parametrize("factor", [math.nan, 3e37], ids=["loss", "gradient"])
-def test_a_run_that_diverged_goes_on_with_a_lower_learning_rate(factor, capsys, monkeypatch):
+@pytest.mark.parametrize(("dtype", "factor"), [("float16", math.nan), ("float32", 3e37)])
+def test_a_run_that_diverged_goes_on_with_a_lower_learning_rate(dtype, factor, capsys, monkeypatch):
     """The line has the step and the advice; the last good checkpoint stays, and --resume works."""
     with monkeypatch.context() as patch:
         patch.setattr(gpt, "cross_entropy", losses_times([1, 1, factor]))
-        line = refusal(capsys, f"{TRAIN} --steps 4 --save-every 2 --val-fraction 0")
+        line = refusal(capsys, f"{TRAIN} --steps 4 --save-every 2 --val-fraction 0 --dtype {dtype}")
     assert re.search(r"step 3\b.*--learning-rate", line)
     assert training_state()["step"] == 2
     run(capsys, f"{RESUME} --learning-rate 1e-9")
@@ -1162,13 +1162,14 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint():
     assert steps == sorted(steps)
 
 
-def test_a_full_disk_ends_the_run_and_nothing_else(capsys):
+@pytest.mark.parametrize("limit", [20_000, 50_000])  # PyTorch fails, or the closing of the file
+def test_a_full_disk_ends_the_run_and_nothing_else(limit, capsys):
     """One line; the previous checkpoint is what it was, nothing lies beside it, and it goes on."""
     resource = pytest.importorskip("resource")
     run(capsys, f"{TRAIN} --val-fraction 0")
     before = LAST.read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
     try:
         line = refusal(capsys, f"{RESUME} --steps 4")
     finally:
@@ -1268,7 +1269,7 @@ def test_a_download_that_goes_wrong_is_one_line(mirror, capsys, monkeypatch):
     monkeypatch.setattr(gpt, "load_tokenizer", lambda name: None)  # it isn't what is tested here
     for address in (f"{mirror}/missing", f"{mirror}/a b", "nowhere", "http://127.0.0.1:9"):
         assert address in refusal(capsys, f"sample --gpt2 124M --gpt2-url '{address}'")
-    for name, content in ((HPARAMS, b"{}"), (HPARAMS, b"<html>"), (DATA, b"<html>")):
+    for name, content in ((HPARAMS, b"{}"), (HPARAMS, b"<html>"), (DATA, b"page")):
         whole = Path("server/124M", name).read_bytes()
         Path("server/124M", name).write_bytes(content)
         assert f"{mirror}/124M" in refusal(capsys, f"sample --gpt2 124M --gpt2-url {mirror}")
@@ -1313,17 +1314,17 @@ def test_a_cpu_multiplies_quickly_but_never_rounds(monkeypatch):
 
 def test_a_resumed_run_may_change_what_does_not_fix_the_model(capsys):
     """Steps, rate, intervals, dtype, another cut of the batch, the places of data and run."""
-    run(capsys, TRAIN)
-    before = log()
+    run(capsys, f"{TRAIN} --out old")
+    before = log("old")
     os.rename("lesson.txt", "moved.txt")
-    os.rename("out", "new")
-    assert "lesson.txt" in refusal(capsys, f"{RESUME} --out new --steps 5")
+    os.rename("old", "out")
+    assert "lesson.txt" in refusal(capsys, f"{RESUME} --steps 5")
     changes = "--steps 5 --learning-rate 1e-9 --save-every 2 --eval-every 2 --batch-size 2"
     changes += " --accumulate 2 --dtype bfloat16 --data moved.txt"
-    printed = run(capsys, f"{RESUME} --out new {changes}")
+    printed = run(capsys, f"{RESUME} {changes}")
     assert printed.out.count("Hey") == 2, "a sample with each checkpoint, after steps 4 and 5"
-    assert set(os.listdir()) == {"moved.txt", "new"}
-    rows = log("new")
+    assert set(os.listdir()) == {"moved.txt", "out"}
+    rows = log()
     assert [row["step"] for row in rows] == list("12345")
     assert [row["step"] for row in rows if row["val_loss"]] == ["2", "4", "5"]
     assert rows[:2] == before and float(rows[-1]["learning_rate"]) <= 1e-9
@@ -1384,7 +1385,7 @@ def test_a_sample_has_any_prompt_and_stops_at_the_end_of_text(capsys, monkeypatc
     """<|endoftext|> isn't printed; with --ignore-eos the sample goes on behind it.
     The prompt - is standard input, all of it, in UTF-8 whatever the system's code page."""
     save_reciter("one<|endoftext|>two")
-    assert run(capsys, f"{RECITE} --tokens 7").out == "Aone\n"
+    assert run(capsys, f"{RECITE} --prompt '<|endoftext|>'").out == "<|endoftext|>one\n"
     assert run(capsys, f"{RECITE} --tokens 7 --ignore-eos").out == "Aone<|endoftext|>two\n"
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("é\n☕".encode()), "latin-1"))
     assert run(capsys, f"{RECITE} --prompt - --tokens 1").out == "é\n☕w\n"
@@ -1433,7 +1434,6 @@ WRONG = {  # options: what they can't be
 }
 ABSENT = "mps" if torch.cuda.is_available() else "cuda"
 MISTAKES = {  # the command: what its line has to name, a regular expression
-    "": "command",
     "trian": "trian",
     "train --step 5": "--step",
     f"{TRAIN} --device {ABSENT}": f"{ABSENT}.*cpu",
