@@ -29,8 +29,8 @@ from unittest.mock import Mock
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # TensorFlow shall be silent
 os.environ["http_proxy"] = os.environ["https_proxy"] = "http://127.0.0.1:9"  # no proxy is there
-os.environ["no_proxy"] = "127.0.0.1"
-os.environ |= {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}  # in other processes
+os.environ |= {"no_proxy": "127.0.0.1", "PYTHONUNBUFFERED": ""}
+os.environ |= {"OMP_NUM_THREADS": "4", "GOMP_SPINCOUNT": "5000"}  # in other processes
 
 import numpy as np
 import pytest
