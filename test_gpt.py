@@ -1,10 +1,7 @@
 """What is true of a GPT and of the program around it, in the order of gpt.py. Each test states a fact
 and checks it in a way of its own: by NumPy in float64, by counted frequencies, without the cache, by
 TensorFlow. The numbers in gpt.py's worked examples are read from its text. No test uses the network.
-What needs GPT-2's vocabulary or OpenAI's weights is skipped where they are not at hand.
-
-    python -m pytest -q
-"""
+What needs GPT-2's vocabulary or OpenAI's weights is skipped where they are not at hand."""
 
 import csv
 import functools
@@ -83,7 +80,6 @@ def assert_close(actual, expected, tolerance):
     assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max()
 
 
-# For the plumbing
 HERE = Path(gpt.__file__).parent
 os.environ["PYTHONPATH"] = str(HERE)  # in other processes
 LESSON = "The quick brown fox jumps over the lazy dog. " * 12
@@ -416,10 +412,15 @@ def test_windows_slide_by_the_stride_and_targets_are_one_token_ahead(length, str
                 windows[index]
 
 
-def test_the_story_is_the_edition_that_the_figures_are_of():
-    """the-verdict.txt has this SHA-256."""
+def test_the_first_run_learns_the_story_by_heart(capsys):
+    """With all defaults, but for the vocabulary, which is learned as without a network."""
     digest = hashlib.sha256((HERE / "the-verdict.txt").read_bytes()).hexdigest()
     assert digest == "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f"
+    torch.set_num_threads(2)
+    printed = run(capsys, "train --tokenizer 1024 --device cpu").out
+    torch.set_num_threads(1)
+    assert losses()[0] > 6.5 and losses()[-1] < 0.5
+    assert "Jack Gisburn rather a cheap genius--though a good fellow enough" in printed
 
 
 def test_offline_a_vocabulary_is_learned_unless_gpt2s_is_meant(capsys, monkeypatch):
@@ -849,7 +850,6 @@ def test_every_row_ends_by_itself():
 # ==================================================================================================
 # 7 GPT-2 weights
 # OpenAI's two files are written here by NumPy, small and with random numbers.
-DATA = "model.ckpt.data-00000-of-00001"
 
 
 def write_gpt2(folder, config):
