@@ -197,7 +197,7 @@ def attention(q, k, v, mask, dropout=0.0):
     scores = scores / math.sqrt(q.shape[-1])
     scores = scores.masked_fill(~mask, -math.inf)
     weights = torch.softmax(scores, dim=-1)  # over the S tokens: each row has the sum 1
-    weights = F.dropout(weights, dropout)
+    weights = F.dropout(weights, dropout)  # when a model is in use, dropout is 0
     return weights @ v  # (B, H, T, S) @ (B, H, S, D) -> (B, H, T, D)
 
 
@@ -234,7 +234,7 @@ class CausalSelfAttention(nn.Module):
         return x.unflatten(-1, (self.config.n_head, -1)).transpose(1, 2)
 
     def attend(self, q, k, v):
-        """attention(), by hand or by PyTorch's kernel for the same arithmetic."""
+        """attention(), by hand or by PyTorch's fast routine for the same arithmetic."""
         dropout = self.config.dropout if self.training else 0.0
         T = q.shape[2]
         S = k.shape[2]
@@ -321,8 +321,8 @@ class GPT(nn.Module):
         if self.token_embedding.is_meta:
             return  # a "meta" tensor has a shape and no memory: its numbers will come from a file
         # Each block adds two results to the stream, and the variances of 2 n_layer results add up.
-        # The matrices that make them, all called `projection`, start with 0.02 / sqrt(2 n_layer),
-        # so the stream ends at the same size in a model of any depth. Source: GPT-2 paper, 2.3.
+        # So the matrices that make them, all called `projection`, start with a standard deviation
+        # of 0.02 / sqrt(2 n_layer): the stream ends at one size at any depth (GPT-2 paper, 2.3).
         for name, parameter in self.named_parameters():
             if name.endswith("projection.weight"):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
@@ -743,7 +743,7 @@ def generate(
                 cache.length = 0
             unread = window[:, cache.length :]  # the prompt at first, later the newest token
             logits = model(unread, cache, last_only=True)[:, -1]  # (B, V)
-            if not logits.sum().isfinite():  # one number that is not makes the sum so, too
+            if not logits.sum(dtype=torch.float32).isfinite():  # a sum is, if all numbers are
                 raise UserError("the model's logits are not finite: its weights are damaged")
             token = sample_token(logits, temperature, top_k=top_k, top_p=top_p, generator=generator)
             if eos is not None:
@@ -829,7 +829,7 @@ def load_gpt2(folder, **changes):
 
 
 # ==================================================================================================
-# 8 Plumbing: what any program needs
+# 8 Plumbing: files, devices, options
 STORY = str(Path(__file__).with_name("the-verdict.txt"))
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 RANK = int(os.environ.get("RANK", "0"))  # torchrun numbers its processes,
@@ -838,7 +838,8 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # and says how many there a
 DEVICES = ["auto", "cpu", "cuda", "mps"]
 DTYPES = ["auto", "float32", "bfloat16", "float16"]
 SHAPE = ["context_length", "n_layer", "n_head", "n_embd"]
-FIXED = [*SHAPE, "size", "gpt2", "tokenizer", "dropout", "from_scratch", "seed", "gpt2_folder"]
+FIXED = [*SHAPE, "size", "gpt2", "gpt2_folder", "gpt2_url", "tokenizer", "dropout"]
+FIXED += ["from_scratch", "seed"]  # what a resumed run has to keep
 M_TRIM_THRESHOLD = -1  # these two are from glibc's malloc.h
 M_MMAP_THRESHOLD = -3
 
@@ -885,12 +886,17 @@ def load_checkpoint(path, mapped=True):
         content = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
         if damaged or content["format"] != 2:
             raise ValueError(damaged or "another format")
-        with torch.device("meta"):
-            model = GPT(GPTConfig(**content["config"]))
-        model.load_state_dict(content["weights"], assign=True)
+        config = content["config"]
+        weights = content["weights"]
         tokens = content["tokenizer"].split()
     except Exception as error:  # whatever zipfile and torch.load make of a wrong file
         raise UserError(f"{path} is damaged, or no checkpoint of gpt.py ({error!r})") from error
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**config))  # a bug in GPT is not the file's fault
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"the weights in {path} don't fit its config ({error})") from error
     ranks = {bytes.fromhex(token): rank for rank, token in enumerate(tokens)}
     return model.eval(), make_tokenizer(ranks), content["training_state"]
 
@@ -902,7 +908,7 @@ def read_hparams(path):
         names = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
         return GPTConfig(*[found[name] for name in names])
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not OpenAI's ({error!r}); delete it and try again") from error
+        raise UserError(f"{path} is not OpenAI's ({error!r}); delete it") from error
 
 
 def download_gpt2(size, folder, url):
@@ -920,7 +926,7 @@ def download_gpt2(size, folder, url):
                 torch.hub.download_url_to_file(source, f"{new}/{name}", progress=bar)
             load_gpt2(new)  # a UserError if they are not what they should be
         except (OSError, ValueError, http.client.HTTPException) as error:
-            raise UserError(f"{url}/{size} failed ({error}); check it, or try again") from error
+            raise UserError(f"{url}/{size}: {error}; check the address, or try again") from error
         for name in names:
             os.replace(f"{new}/{name}", Path(folder, name))
 
@@ -952,7 +958,7 @@ def choose_device(options):
 
 
 def set_up_cpu():
-    """Make PyTorch quicker on a CPU, but for rounding with the same results; call it before use.
+    """Make PyTorch quicker on a CPU; results change by rounding only. Call it before a model runs.
     glibc, the C library, gives large buffers back to the system and fetches them anew in each step:
     it is told to keep them. Of its two libraries for products of float32, PyTorch takes the faster,
     oneDNN, only if that may round to bfloat16. Most processors don't round all the same; one that
@@ -1057,9 +1063,11 @@ def new_run(options):
         model, tokenizer = open_gpt2(options, **fields)
     else:
         data = open_data(options.data)
-        alone = None if WORLD_SIZE == 1 else "gpt2"  # processes need the same vocabulary
         text = data if isinstance(data, str) else None
-        tokenizer = load_tokenizer(options.tokenizer or alone, text)
+        name = options.tokenizer
+        if name is None and WORLD_SIZE > 1:
+            name = "gpt2"  # offline, each process would learn a vocabulary of its own
+        tokenizer = load_tokenizer(name, text)
         config = GPT2_CONFIGS.get(options.size, SMALL_CONFIG)
         config = replace(config, vocab_size=tokenizer.n_vocab, **shape, **fields)
         torch.manual_seed(options.seed)  # for the parameters
@@ -1092,7 +1100,7 @@ def resumed_run(parsers, argv):
 
 
 def open_log(out, step):
-    """out/log.csv, to be written on behind the row of this step; later rows are cut off."""
+    """out/log.csv, to be continued after the row of this step; later rows are cut off."""
     path = Path(out, "log.csv")
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = ["step,train_loss,val_loss,learning_rate,tokens_per_second\n"]
@@ -1173,9 +1181,10 @@ def number(kind, low, high=1e18):
     """The type of an option: an int or a float from low to high."""
 
     def convert(text):
-        if not low <= kind(text) <= high:
+        value = kind(text)
+        if not low <= value <= high:
             raise ValueError
-        return kind(text)
+        return value
 
     # argparse shows this name in its message.
     convert.__name__ = f"{'whole number' if kind is int else 'number'} from {low:g} to {high:g}"

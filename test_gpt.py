@@ -1,6 +1,5 @@
-"""What is true of a GPT and of the program around it, in the order of gpt.py. Each test states a fact
-and checks it in a way of its own: by NumPy in float64, by counted frequencies, without the cache, by
-TensorFlow. The numbers in gpt.py's worked examples are read from its text. No test uses the network.
+"""What is true of a GPT and of the program around it, in the order of gpt.py. Each test checks a
+fact in a way of its own: by NumPy in float64, by counting, by TensorFlow. None uses the network.
 What needs GPT-2's vocabulary or OpenAI's weights is skipped where they are not at hand."""
 
 import csv
@@ -37,12 +36,27 @@ import torch
 import gpt
 
 torch.set_num_threads(1)  # these models are too small to be shared by several cores
-
 SOURCE = Path(gpt.__file__).read_text(encoding="utf-8")
 TINY = gpt.GPTConfig(vocab_size=61, context_length=12, n_embd=24, n_head=3, n_layer=2)
 FLAT = gpt.GPTConfig(vocab_size=300, context_length=7, n_embd=8, n_head=1, n_layer=1)
 DEEP = gpt.GPTConfig(vocab_size=23, context_length=16, n_embd=12, n_head=3, n_layer=12)
 three_shapes = pytest.mark.parametrize("config", [TINY, FLAT, DEEP], ids=["tiny", "flat", "deep"])
+HERE = Path(gpt.__file__).parent
+os.environ["PYTHONPATH"] = str(HERE)  # in other processes
+LESSON = "The quick brown fox jumps over the lazy dog. " * 12
+SHAPE = "--context 16 --n-layer 1 --n-head 2 --n-embd 32"
+PACE = "--batch-size 4 --stride 12 --steps 2 --warmup 5 --eval-every 20 --save-every 80"
+BARE = f"train --data lesson.txt --val-fraction 0.1 --prompt Hey --device cpu {SHAPE} {PACE}"
+TRAIN = f"{BARE} --tokenizer 280"  # of options that are given twice, the last counts
+RANDOM = f"{TRAIN} --dropout 0.2 --accumulate 2 --eval-every 3 --save-every 7"
+ONE_WINDOW = f"{TRAIN} --stride 1000000 --batch-size 1"
+PACKED = f"{BARE} --tokenizer gpt2 --n-embd 8 --data tokens.bin"
+RESUME = "train --resume"
+RECITE = "sample --checkpoint model.pt --device cpu --prompt A --temperature 0"
+LAST = Path("out/checkpoint.pt")  # of a run without --out
+HPARAMS = "hparams.json"
+DATA = "model.ckpt.data-00000-of-00001"
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="kills, or counts kilobytes")
 both_arithmetics = pytest.mark.parametrize("fused", [True, False], ids=["fused", "by hand"])
 
 
@@ -78,24 +92,6 @@ def assert_close(actual, expected, tolerance):
     expected = torch.as_tensor(expected).detach().double().numpy()
     assert actual.shape == expected.shape
     assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max()
-
-
-HERE = Path(gpt.__file__).parent
-os.environ["PYTHONPATH"] = str(HERE)  # in other processes
-LESSON = "The quick brown fox jumps over the lazy dog. " * 12
-SHAPE = "--context 16 --n-layer 1 --n-head 2 --n-embd 32"
-PACE = "--batch-size 4 --stride 12 --steps 2 --warmup 5 --eval-every 20 --save-every 80"
-BARE = f"train --data lesson.txt --val-fraction 0.1 --prompt Hey --device cpu {SHAPE} {PACE}"
-TRAIN = f"{BARE} --tokenizer 280"  # of options that are given twice, the last counts
-RANDOM = f"{TRAIN} --dropout 0.2 --accumulate 2 --eval-every 3 --save-every 7"
-ONE_WINDOW = f"{TRAIN} --stride 1000000 --batch-size 1"
-PACKED = f"{BARE} --tokenizer gpt2 --n-embd 8 --data tokens.bin"
-RESUME = "train --resume"
-RECITE = "sample --checkpoint model.pt --device cpu --prompt A --temperature 0"
-LAST = Path("out/checkpoint.pt")  # of a run without --out
-HPARAMS = "hparams.json"
-DATA = "model.ckpt.data-00000-of-00001"
-linux_only = pytest.mark.skipif(sys.platform != "linux", reason="kills, or counts kilobytes")
 
 
 @pytest.fixture(autouse=True)
@@ -633,7 +629,7 @@ def test_16_bits_train_almost_as_32(dtype, tolerance, capsys):
 
 def test_float16_leaves_out_a_step_whose_gradient_is_too_large(capsys, monkeypatch):
     """The scale is halved, AdamW sees nothing, and the next step is taken.
-    A scale of 65,536 that is below 1 in the end, after 17 such steps, is one line."""
+    A scale of 65,536 that is below 1 after 1 + 16 such steps, one taken between, is one line."""
     with monkeypatch.context() as patch:
         patch.setattr(gpt, "cross_entropy", losses_times([1e30]))
         run(capsys, f"{TRAIN} --dtype float16 --steps 1 --val-fraction 0")
@@ -642,7 +638,6 @@ def test_float16_leaves_out_a_step_whose_gradient_is_too_large(capsys, monkeypat
     run(capsys, f"{RESUME} --steps 2")
     assert first_means().count_nonzero() > 0 and first_means().isfinite().all()
     monkeypatch.setattr(gpt, "cross_entropy", losses_times(itertools.repeat(1e30)))
-    # 1 step left out, 1 taken, 16 left out: 65,536 halved 17 times is below 1 in step 18.
     assert re.search(r"step 18\b.*--learning-rate", refusal(capsys, f"{RESUME} --steps 99"))
 
 
@@ -810,6 +805,8 @@ def test_16_bits_write_the_text_of_32_bits():
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         gpt.place(model, "cpu", dtype)
         assert torch.equal(continuation(model, text[:, :16], 100, temperature=0), text[:, 16:116])
+    low = Mock(return_value=torch.full((1, 1, 9), -9e3).half(), config=model.config)
+    assert len(next(gpt.generate(low, text[:, :9], 1))) == 1  # though the sum is beyond float16
 
 
 def test_generate_heeds_its_settings():
@@ -849,7 +846,6 @@ def test_every_row_ends_by_itself():
 
 # ==================================================================================================
 # 7 GPT-2 weights
-# OpenAI's two files are written here by NumPy, small and with random numbers.
 
 
 def write_gpt2(folder, config):
@@ -1337,7 +1333,7 @@ def test_a_resumed_run_keeps_what_fixes_the_model(capsys):
     before = {file.name: file.read_bytes() for file in Path("out").iterdir()}
     assert before.keys() == {"checkpoint.pt", "best.pt", "log.csv"}
     fixed = "--size=124M --gpt2=124M --tokenizer=300 --context=8 --n-layer=2 --n-head=1 --seed=2"
-    fixed += " --n-embd=64 --dropout=0.5 --from-scratch --gpt2-folder=x"
+    fixed += " --n-embd=64 --dropout=0.5 --from-scratch --gpt2-folder=x --gpt2-url=x"
     for option in fixed.split():
         name = option[2:].partition("=")[0].replace("-", "_")
         assert name in refusal(capsys, f"{RESUME} --steps 9 {option}")
@@ -1483,6 +1479,10 @@ def test_what_ends_a_run_is_one_line_unless_it_is_a_bug(capsys, monkeypatch):
         gpt.cross_entropy.side_effect = error
         with pytest.raises(type(error), match="bug"):
             run(capsys, TRAIN)
+    save_reciter("naïve")
+    monkeypatch.setattr(gpt.GPT, "__init__", Mock(side_effect=RuntimeError("bug")))
+    with pytest.raises(RuntimeError, match="bug"):
+        run(capsys, RECITE)
 
 
 def test_training_works_in_a_thread():
