@@ -735,25 +735,28 @@ def test_the_worked_example_of_sampling_is_right():
 
 
 @both_arithmetics
+@pytest.mark.parametrize(("rows", "cores"), [(3, 1), (1, 1), (1, 6), (1, 100)])
 @pytest.mark.parametrize("lengths", [[12], [1] * 12, [5, 1, 1, 4, 1]], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_a_text_can_be_read_in_pieces(dtype, lengths, fused):
-    """With a cache, in float32 even beside 16-bit weights, the logits are those of the whole."""
+def test_a_text_can_be_read_in_pieces(dtype, lengths, rows, cores, fused, monkeypatch):
+    """With a cache, in float32 even beside 16-bit weights, the logits are those of the whole.
+    One row is multiplied by a part of a matrix on each core, cut as the matrix lies in memory."""
     model = random_model(fused=fused)
-    tokens = random_tokens(3, 12)
+    tokens = random_tokens(rows, 12)
     expected = model(tokens)
     model.to(dtype)
-    cache = gpt.KVCache(model.config, batch_size=3, length=12)
+    query = model.blocks[0].attention.query
+    query.weight.data = query.weight.data.t().contiguous().t()  # by columns, as OpenAI's
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    cache = gpt.KVCache(model.config, batch_size=rows, length=12)
     logits = torch.cat([model(piece, cache) for piece in tokens.split(lengths, dim=1)], dim=1)
-    assert cache.length == 12
+    assert (cache.length, logits.dtype) == (12, dtype)
     assert cache.keys.dtype == cache.values.dtype == torch.float32
-    assert logits.dtype == dtype
     assert_close(logits, expected, 20 * torch.finfo(dtype).eps)
 
 
 def test_what_can_not_be_done_is_refused():
-    """Settings without meaning, a text longer than the context or the cache, an empty prompt, and
-    damaged weights. The message says what it was."""
+    """Settings without meaning, too long a text, an empty prompt, damaged weights: it says which."""
     model = random_model()
     wrong = [("top_k", 0), ("top_p", 0.0), ("top_p", 1.1), ("temperature", -1.0)]
     for name, value in [*wrong, ("temperature", math.nan)]:
@@ -942,8 +945,7 @@ def test_a_wrong_file_is_refused(tmp_path):
 
 @pytest.fixture
 def by_tensorflow(tmp_path):
-    """A folder in which TensorFlow's Saver has written the variables of NumPy's file, which is
-    called by_numpy now. The Saver got them in another order."""
+    """A folder in which TensorFlow's Saver wrote the variables of NumPy's file, now by_numpy."""
     v1 = pytest.importorskip("tensorflow").compat.v1
     variables = write_gpt2(tmp_path, DEEP)
     (tmp_path / DATA).rename(tmp_path / "by_numpy")
@@ -1084,9 +1086,7 @@ def test_the_known_tokens_of_shakespeare(vocabulary):
     assert hashlib.sha256(tokens.tobytes()).hexdigest() == digest
 
 
-@pytest.mark.skipif(
-    not (REAL / DATA).exists(), reason="run `python gpt.py sample --gpt2 124M` first"
-)
+@pytest.mark.skipif(not (REAL / DATA).exists(), reason="OpenAI's 124M is not in gpt2/124M")
 def test_the_real_gpt2_gives_its_known_outputs(vocabulary):
     """The file's SHA-256; texts, logits and losses that others have published."""
     with open(REAL / DATA, "rb") as file:
