@@ -70,9 +70,8 @@ from torch.utils.data import Dataset, default_collate
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a GPT, by default that of the smallest GPT-2; an impossible one is a UserError.
-    Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (the GPT-2
-    paper), section 2.3."""
+    """The shape of a GPT, by default the smallest GPT-2's; an impossible one is a UserError.
+    Radford 2019, "Language Models are Unsupervised Multitask Learners" (the GPT-2 paper), 2.3."""
 
     vocab_size: int = 50257  # V
     context_length: int = 1024  # the most tokens that the model can read at once
@@ -143,8 +142,7 @@ class LayerNorm(nn.Module):
             variance = wide.square().mean(dim=-1, keepdim=True)  # divided by C, not by C - 1
             normalized = wide / torch.sqrt(variance + self.eps)  # (B, T, C)
             return (normalized * self.weight + self.bias).to(x.dtype)
-        shape = self.weight.shape
-        return F.layer_norm(x, shape, weight=self.weight, bias=self.bias, eps=self.eps)
+        return F.layer_norm(x, self.weight.shape, weight=self.weight, bias=self.bias, eps=self.eps)
 
 
 class GELU(nn.Module):
@@ -252,10 +250,10 @@ class CausalSelfAttention(nn.Module):
 class FeedForward(nn.Module):
     """Work on what a token has gathered, for each by itself: gelu(x W₁ᵀ + b₁) W₂ᵀ + b₂.
     Attention only takes means; here conclusions are drawn from them. Each of the 4C hidden numbers
-    tells how much of one pattern is in a token's C numbers, and so much of a row of W₂ᵀ is added to
-    the stream. Two thirds of a block's weights are here. Without the GELU between them, two
-    matrices can do no more than one, their product. The width, 4C, is that of Vaswani et al.
-    2017, section 3.3. Source: src/model.py, mlp()."""
+    tells how much of one pattern is in a token's C numbers. To each belongs a row of W₂ᵀ, C numbers
+    as well, and so much of this row is added to the stream. Two thirds of a block's weights are
+    here. Without the GELU between them, two matrices can do no more than one, their product. The
+    width, 4C, is that of Vaswani et al. 2017, section 3.3. Source: src/model.py, mlp()."""
 
     def __init__(self, config):
         super().__init__()
@@ -273,11 +271,10 @@ class FeedForward(nn.Module):
 
 class TransformerBlock(nn.Module):
     """Attention between tokens, then the feed-forward network on each: (B, T, C) -> (B, T, C).
-    Both read the stream through a LayerNorm of their own. The Transformer of 2017 had LayerNorms on
-    the stream, after each sum, where they rescaled every gradient on its way back: it needed a long
-    warm-up (section 5). With "pre-LayerNorm" the stream is nothing but sums: training is steadier.
-    Source: GPT-2 paper, 2.3; Xiong et al. 2020, "On Layer Normalization in the Transformer
-    Architecture"."""
+    Both read the stream through a LayerNorm. The Transformer of 2017 had its LayerNorms on the
+    stream, after each sum, where they rescaled every gradient on its way back: it needed a long
+    warm-up. With "pre-LayerNorm" the stream is nothing but sums: training is steadier. Source:
+    GPT-2 paper, 2.3; Xiong 2020, "On Layer Normalization in the Transformer Architecture"."""
 
     def __init__(self, config, layer=0):
         super().__init__()
@@ -318,16 +315,18 @@ class GPT(nn.Module):
         self.position_embedding = nn.Parameter(torch.empty(config.context_length, config.n_embd))
         self.blocks = nn.ModuleList(TransformerBlock(config, n) for n in range(config.n_layer))
         self.final_norm = LayerNorm(config)
-        if self.token_embedding.is_meta:
-            return  # a "meta" tensor has a shape and no memory: its numbers will come from a file
+        if not self.token_embedding.is_meta:  # a "meta" tensor has a shape and no memory: its
+            self.init_weights()  # numbers will come from a file
+
+    def init_weights(self):
         # Each block adds two results to the stream, and the variances of 2 n_layer results add up.
         # So the matrices that make them, all called `projection`, start with a standard deviation
-        # of 0.02 / sqrt(2 n_layer): the stream ends at one size at any depth (GPT-2 paper, 2.3).
+        # of 0.02 / sqrt(2 n_layer): a new model's stream has one size at any depth (paper, 2.3).
         for name, parameter in self.named_parameters():
             if name.endswith("projection.weight"):
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
             elif parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)  # as in src/model.py
+                nn.init.normal_(parameter, std=0.02)  # that of matrices in src/model.py
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
@@ -351,12 +350,11 @@ class GPT(nn.Module):
 
 # Softmax of the logits gives each token its probability to come next. The probability of a text is
 # the product of those of its tokens, each given the tokens before it, and training makes the texts
-# that people wrote as probable as it can. A logarithm turns the product into a sum, and a minus
-# sign turns "as large as possible" into "as small as possible" (a product of so many probabilities
-# would be too small to be stored). The loss is the mean of -log p over all tokens, p being the
-# probability that the model gave to the token that really came. With natural logarithms its unit is
-# the nat. A loss of 3.0 means p = exp(-3.0), 1 in 20; 0 would be certainty. A new model gives every
-# token about 1 / V, so it starts near ln V, 10.8 for GPT-2.
+# that people wrote as probable as it can. A logarithm turns the product, too small to be stored,
+# into a sum, and with a minus sign a small number is good. So the loss is the mean of -log p over
+# all tokens, p being the probability that the model gave to the token that really came. With
+# natural logarithms its unit is the nat. A loss of 3.0 means p = exp(-3.0), 1 in 20; 0 would be
+# certainty. A new model gives every token about 1 / V, so it starts near ln V, 10.8 for GPT-2.
 def cross_entropy(logits, targets):
     """The mean of -log softmax(logits)[target], in nats, a scalar; logits (..., V), targets (...).
     By the definition of softmax, -log p is the logarithm of the sum of all exp(logit), called
@@ -414,7 +412,7 @@ def train_bpe(text, vocab_size):
         if not pairs:
             break
         best = max(pairs, key=pairs.get)  # of equally frequent ones, the first in the text
-        ranks.setdefault(best[0] + best[1], len(ranks))  # it may be there: "ab" "c", "a" "bc"
+        ranks.setdefault(best[0] + best[1], len(ranks))  # "abc" may be there, from other pairs
         words = {merge_pair(word, best): count for word, count in words.items()}
     return ranks
 
@@ -521,10 +519,9 @@ def learning_rate(step, options):
     return options.learning_rate * (0.1 + 0.9 * cosine)
 
 
-# Clipping. Now and then a batch is so unusual that its gradient is many times as long as others,
-# and it would rule AdamW's means for many steps. If a gradient's norm, the root of the sum of its
-# squares, exceeds --clip, it is scaled down to that (Pascanu et al. 2013, "On the difficulty of
-# training recurrent neural networks").
+# Clipping. An unusual batch can have a gradient many times as long as others, which would rule
+# AdamW's means for many steps. One whose norm, the root of the sum of its squares, exceeds --clip
+# is scaled down to it (Pascanu 2013, "On the difficulty of training recurrent neural networks").
 #
 # Accumulation. backward() adds to the gradients that are there. So a batch that the memory can't
 # hold is read in micro-batches: with each loss divided by their number, the gradients add up to
@@ -535,15 +532,18 @@ def learning_rate(step, options):
 # rounds what goes into matrix products and what comes out to 16 bits; LayerNorms, the stream, the
 # loss, parameters, their gradients and AdamW's means stay in float32 (Micikevicius et al. 2018,
 # "Mixed Precision Training"). bfloat16 has the range of float32 with fewer digits. float16 has more
-# digits than bfloat16 but a smaller range, and on its way back through the products to the
-# parameters a gradient is float16, too: below 3e-8 it would become 0. So a scaler multiplies the
+# digits than bfloat16 but a smaller range, and the gradients that backward hands from one product
+# to the one before are float16, too: below 3e-8 they would become 0. So a scaler multiplies the
 # loss, and with it every gradient, by a large number and divides the parameters' gradients by it
 # before clipping. If one is infinite, the scaler leaves out the step and halves its number.
 #
 # Several processes, one for each GPU, have the same model and optimizer and read windows of their
-# own (`torchrun --nproc_per_node=2 gpt.py train` starts two). In the last micro-batch's backward,
-# DistributedDataParallel replaces the gradients of each by their mean over all processes, so all
-# take the same step and their models stay the same.
+# own (`torchrun --nproc_per_node=2 gpt.py train` starts two). In the last backward of a step,
+# DistributedDataParallel replaces their gradients by the mean, so that their models stay the same.
+RANK = int(os.environ.get("RANK", "0"))  # torchrun numbers the processes from 0
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # and says how many there are
+
+
 def training_step(model, batches, optimizer, scaler, autocast, clip):
     """One step of the optimizer, on one or more micro-batches -> (loss, norm of the gradient)."""
     total = 0.0
@@ -565,7 +565,7 @@ def training_step(model, batches, optimizer, scaler, autocast, clip):
 
 def draw_batches(windows, step, options, model):
     """The windows that a step reads, as micro-batches; it also seeds the dropout of the step.
-    Both depend on the seed and the step alone, so a resumed run draws what one that was never
+    Both depend on the options and the step alone, so a resumed run draws what one that was never
     stopped draws. Windows are drawn with replacement. Of N processes, each reads every N-th."""
     draw = np.random.default_rng((options.seed, step))
     count = options.batch_size * options.accumulate * WORLD_SIZE
@@ -587,15 +587,15 @@ def train(options, run=None):
     """Train a GPT and return it. options: those of the command line (section 8); run: (model,
     tokenizer, state) of resumed_run(), or None for a new run. A user's mistake is a UserError."""
     device, dtype = choose_device(options)
+    set_up_cpu()
     if run is None:
         run = new_run(options)
     model, tokenizer, state = run
     place(model, device, torch.float32).train()
     windows, validation = read_data(options, tokenizer, model)
     optimizer = make_optimizer(model, options.weight_decay)
-    settings = optimizer.state_dict()
-    settings["state"] = state["optimizer"]  # the means of a resumed run
-    optimizer.load_state_dict(settings)
+    if state["optimizer"]:  # the means of a resumed run; settings may have changed since
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]})
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if state["scaler"]:
@@ -605,7 +605,8 @@ def train(options, run=None):
         learner = torch.compile(learner)
     batch = options.batch_size * options.accumulate * WORLD_SIZE  # windows in a step
     tokens = batch * windows.context_length
-    log = open_log(options.out, state["step"]) if RANK == 0 else None
+    out = Path(options.out)
+    log = open_log(out, state["step"]) if RANK == 0 else None
 
     for step in range(state["step"] + 1, options.steps + 1):
         started = time.perf_counter()
@@ -615,27 +616,27 @@ def train(options, run=None):
         loss, norm = training_step(
             learner, batches, optimizer, scaler=scaler, autocast=autocast, clip=options.clip
         )
-        # The scaler's number, 65,536 at first, is below 1 only if the gradient itself is too large.
-        left_out = scaler.is_enabled() and scaler.get_scale() >= 1
-        if not math.isfinite(loss) or not (math.isfinite(norm) or left_out):
+        # The scaler mends an infinite gradient by halving its number, in vain once that is below 1.
+        norm_is_fine = math.isfinite(norm) or (scaler.is_enabled() and scaler.get_scale() >= 1)
+        if not math.isfinite(loss) or not norm_is_fine:
             raise UserError(f"step {step}: loss {loss}, gradient {norm}; lower --learning-rate")
         if RANK > 0:
             continue  # the first process does the rest; the others wait for it in their next step
-
-        took = time.perf_counter() - started
+        seconds = time.perf_counter() - started
         last = step == options.steps
         val_loss = None
         if validation and (last or step % options.eval_every == 0):
             val_loss = evaluate(model, validation, autocast)
             if val_loss < state["best_val_loss"]:  # best on unseen text: before learning by heart
                 state["best_val_loss"] = val_loss
-                save_checkpoint(Path(options.out, "best.pt"), model, tokenizer)
-        report(log, options, step, loss=loss, val_loss=val_loss, tokens=tokens, took=took)
+                save_checkpoint(out / "best.pt", model, tokenizer)
+        report(log, options, step, loss=loss, val_loss=val_loss, tokens=tokens, seconds=seconds)
         if last or step % options.save_every == 0:
-            state |= {"step": step, "options": vars(options), "scaler": scaler.state_dict()}
-            state |= {"optimizer": optimizer.state_dict()["state"], "batch": batch}
-            # best.pt is only a model; this also has the state from which the run can go on.
-            save_checkpoint(Path(options.out, "checkpoint.pt"), model, tokenizer, state)
+            # best.pt is only a model; checkpoint.pt also has the state from which a run can go on.
+            state["optimizer"] = optimizer.state_dict()["state"]
+            state["scaler"] = scaler.state_dict()
+            state.update(step=step, batch=batch, options=vars(options))
+            save_checkpoint(out / "checkpoint.pt", model, tokenizer, training_state=state)
             model.eval()
             write_text(model, tokenizer, options.prompt, max_new_tokens=40, temperature=0)
             model.train()
@@ -684,11 +685,10 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
     return torch.multinomial(probabilities, num_samples=1, generator=generator).squeeze(-1)
 
 
-# When a text has grown by one token, this token attends to the keys and values of all before it.
-# Thanks to the mask these never depended on later tokens, so they are what they were: they are kept
-# in a cache, and only the new token, one row, goes through the blocks. A query is used by its own
-# token alone, once, and is not kept. The cache takes 2 n_layer C numbers a token: for 124M, in
-# float32, 72 KiB, and 72 MiB for a full window.
+# A new token attends to the keys and values of all tokens before it. Thanks to the mask these don't
+# depend on later tokens, so they stay what they were: they are kept in a cache, and only the new
+# token, one row, goes through the blocks. A query is used once, by its own token, and is not kept.
+# The cache takes 2 n_layer C numbers a token: for 124M, in float32, 72 KiB, 72 MiB a full window.
 #
 # Every new token needs every weight, read from memory for two operations with a single row. So the
 # speed of memory bounds decoding, and weights of half the size can double it. In training, a weight
@@ -714,10 +714,10 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
-# A full window has no position for one more token. Without its first one, all others would move to
-# new positions and need new keys and values, for each new token again. So the older half is dropped
-# at once, and the newer half, the new token included, is read afresh at positions 0, 1, ...: on
-# average a token costs hardly more. [ a b c d e f g h ] + i becomes [ f g h i . . . . ].
+# A full window has no position for one more token. If only its first token were dropped, all others
+# would move to new positions and need new keys and values, once for each new token. So the older
+# half is dropped, and the newer half, the new token included, is read afresh at positions 0, 1, ...
+# On average a token costs hardly more. [ a b c d e f g h ] + i becomes [ f g h i . . . . ].
 def generate(
     model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos=None, seed=None
 ):
@@ -832,9 +832,7 @@ def load_gpt2(folder, **changes):
 # 8 Plumbing: files, devices, options
 STORY = str(Path(__file__).with_name("the-verdict.txt"))
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
-RANK = int(os.environ.get("RANK", "0"))  # torchrun numbers its processes,
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))  # also those of each machine by themselves,
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # and says how many there are
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))  # RANK within its machine
 FORMAT = 2  # of checkpoints
 DEVICES = ["auto", "cpu", "cuda", "mps"]
 DTYPES = ["auto", "float32", "bfloat16", "float16"]
@@ -910,8 +908,8 @@ def read_hparams(path):
     """The GPTConfig that OpenAI's hparams.json describes."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        names = ("n_vocab", "n_ctx", "n_embd", "n_head", "n_layer")
-        return GPTConfig(*[found[name] for name in names])
+        shape = {name: found[name] for name in ("n_embd", "n_head", "n_layer")}
+        return GPTConfig(vocab_size=found["n_vocab"], context_length=found["n_ctx"], **shape)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not OpenAI's ({error!r}); delete it") from error
 
@@ -952,8 +950,6 @@ def choose_device(options):
     if name not in ("cpu", best):
         raise UserError(f"--device is {name}; this machine has only {best}")
     dtype = torch.float32 if options.dtype == "auto" else getattr(torch, options.dtype)
-    if name == "cpu":
-        set_up_cpu()
     if name == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
         if options.dtype == "auto":  # logits of -30 to -120, as GPT-2's, need float16's digits
@@ -965,13 +961,14 @@ def choose_device(options):
 def set_up_cpu():
     """Make PyTorch quicker on a CPU; results change by rounding only. Call it before a model runs.
     glibc, the C library, gives large buffers back to the system and fetches them anew in each step:
-    it is told to keep them. Of its two libraries for products of float32, PyTorch takes the faster,
-    oneDNN, only if that may round to bfloat16. Most processors don't round all the same; one that
-    does shows it in a product with the identity matrix, and is set back."""
+    it is told to keep them. PyTorch has two libraries for products of float32, and takes the faster
+    one, oneDNN, only if rounding to bfloat16 is allowed. Most processors don't round even then; one
+    that does shows it in a product with the identity matrix, and is set back."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 2**25)  # bytes; the most that an older glibc takes, which
-        mallopt(M_MMAP_THRESHOLD, 2**30)  # refuses this one
+        # In bytes. An older glibc takes at most the first of these, and refuses the second.
+        mallopt(M_MMAP_THRESHOLD, 2**25)
+        mallopt(M_MMAP_THRESHOLD, 2**30)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     products = torch.backends.mkldnn.matmul
     before = products.fp32_precision
@@ -996,30 +993,32 @@ class Linear(nn.Linear):
 
 
 def linear(x, weight, bias=None):
-    """F.linear(), x Wᵀ + b, in ways that are quicker on some CPUs: (..., m) -> (..., n)."""
+    """F.linear(), x Wᵀ + b, in ways that are quicker on many CPUs: (..., m) -> (..., n)."""
     single = x.numel() == x.shape[-1]
-    if x.is_cpu and weight.dtype.itemsize == 2 and not single:
-        # Many CPUs are slow at products of 16-bit matrices. To widen W takes little beside them.
+    if x.is_cpu and single and weight.dtype == torch.float32:
+        y = multiply_in_parts(x.flatten(), weight).view(*x.shape[:-1], -1)
+        return y if bias is None else y + bias
+    if x.is_cpu and not single and weight.dtype.itemsize == 2:
+        # Products of 16-bit matrices are slow on many. To widen W takes little time beside them.
         bias = None if bias is None else bias.float()
         return F.linear(x.float(), weight.float(), bias).to(x.dtype)
-    if not x.is_cpu or weight.dtype != torch.float32 or not single:
-        return F.linear(x, weight, bias)
-    # Time goes into reading W, which PyTorch may leave to one core. So W is cut into a part for
-    # each core, along the memory: by outputs if it lies row by row, else, as OpenAI's, by inputs.
+    return F.linear(x, weight, bias)
+
+
+def multiply_in_parts(x, weight):
+    """x Wᵀ for a single token, x (m,) -> (n,), with all cores at work.
+    Most of the time goes into reading W, and PyTorch may leave that to one core. So W is cut into a
+    part for each core, the way it lies in memory: row by row, or column by column as OpenAI's."""
     n, m = weight.shape
     cores = torch.get_num_threads()
-    x_row = x.flatten()
-    if weight.is_contiguous():
+    if weight.is_contiguous():  # row by row: each core makes a part of the n results
         size = n // cores
         parts = weight[: cores * size].view(cores, size, m).transpose(1, 2)
-        y = torch.bmm(x_row.expand(cores, 1, m), parts).flatten()  # cores times (1, m) @ (m, size)
-        y = torch.cat([y, weight[cores * size :] @ x_row])  # the rows that are left over
-    else:
-        cores = math.gcd(cores, m)  # so that all parts have one size
-        parts = weight.t().view(cores, m // cores, n)
-        y = torch.bmm(x_row.view(cores, 1, -1), parts).sum(dim=0)
-    y = y.view(*x.shape[:-1], n)
-    return y if bias is None else y + bias
+        y = torch.bmm(x.expand(cores, 1, m), parts).flatten()  # (1, m) @ (m, size)
+        return torch.cat([y, weight[cores * size :] @ x])  # and rows left over
+    cores = math.gcd(cores, m)  # each core makes n results of a part of x
+    parts = weight.t().view(cores, m // cores, n)
+    return torch.bmm(x.view(cores, 1, -1), parts).sum(dim=0).flatten()
 
 
 def place(model, device, dtype):
@@ -1088,9 +1087,10 @@ def evaluate(model, batches, autocast):
 
 def new_run(options):
     """(model, tokenizer, state) of a run that begins, with a new model or with OpenAI's."""
-    for name in ("checkpoint.pt", "best.pt"):
-        if Path(options.out, name).exists():
-            raise UserError(f"{options.out} has a {name}; add --resume, or choose another --out")
+    if Path(options.out, "checkpoint.pt").exists():
+        raise UserError(f"{options.out} has a checkpoint.pt; add --resume, or choose another --out")
+    if Path(options.out, "best.pt").exists():  # of a run without a checkpoint
+        raise UserError(f"{options.out} has a best.pt; move it, or choose another --out")
     state = {"step": 0, "best_val_loss": math.inf, "optimizer": {}, "scaler": {}}
     fields = {"dropout": options.dropout, "fused": not options.from_scratch}
     shape = {name: getattr(options, name) for name in SHAPE_OPTIONS if getattr(options, name)}
@@ -1103,10 +1103,10 @@ def new_run(options):
     else:
         data = open_data(options.data)
         text = data if isinstance(data, str) else None
-        name = options.tokenizer
-        if name is None and WORLD_SIZE > 1:
-            name = "gpt2"  # offline, each process would learn a vocabulary of its own
-        tokenizer = load_tokenizer(name, text)
+        tokenizer_name = options.tokenizer
+        if tokenizer_name is None and WORLD_SIZE > 1:
+            tokenizer_name = "gpt2"  # offline, each would learn a vocabulary of its own
+        tokenizer = load_tokenizer(tokenizer_name, text)
         config = GPT2_CONFIGS.get(options.size, SMALL_CONFIG)
         config = replace(config, vocab_size=tokenizer.n_vocab, **shape, **fields)
         torch.manual_seed(options.seed)  # for the parameters
@@ -1140,8 +1140,8 @@ def resumed_run(parsers, argv):
 
 def open_log(out, step):
     """out/log.csv, to be continued after the row of this step; later rows are cut off."""
-    path = Path(out, "log.csv")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "log.csv"
     rows = ["step,train_loss,val_loss,learning_rate,tokens_per_second\n"]
     if step > 0 and path.exists():
         rows = path.read_text().splitlines(keepends=True)[: step + 1]  # a header, then a row a step
@@ -1160,16 +1160,18 @@ def close_log(log, options, state):
     show(f"    python gpt.py sample --checkpoint {out}/checkpoint.pt --temperature 0")
 
 
-def report(log, options, step, loss, val_loss, tokens, took):
+def report(log, options, step, loss, val_loss, tokens, seconds):
     """Log a step that took so many seconds, and show it: now and then, or in a terminal always."""
+    speed = tokens / seconds
     val = "" if val_loss is None else f"{val_loss:.9g}"
-    log.write(f"{step},{loss:.9g},{val},{learning_rate(step, options):.9g},{tokens / took:.0f}\n")
+    log.write(f"{step},{loss:.9g},{val},{learning_rate(step, options):.9g},{speed:.0f}\n")
     line = f"step {step}/{options.steps}  loss {loss:.3f}"
     if val_loss is not None:
         line += f"  val {val_loss:.3f}"
-    minutes, seconds = divmod(round(took * (options.steps - step)), 60)
-    line += f"  {tokens / took:,.0f} tokens/s  {minutes}:{seconds:02} left"
-    stays = step in (1, options.steps) or step % options.eval_every == 0
+    left = round(seconds * (options.steps - step))
+    line += f"  {speed:,.0f} tokens/s  {left // 60}:{left % 60:02} left"
+    saved = step % options.save_every == 0
+    stays = saved or step in (1, options.steps) or step % options.eval_every == 0
     show(line, end="\n" if stays else "\r")
 
 
@@ -1199,6 +1201,7 @@ def sample(options):
     else:
         model, tokenizer, _ = load_checkpoint(options.checkpoint or "out/checkpoint.pt")
     device, dtype = choose_device(options)
+    set_up_cpu()
     if device.type != "cpu" or dtype != torch.float32:  # else the weights stay mapped
         place(model, device, dtype)
     text = sys.stdin.read() if options.prompt == "-" else options.prompt
@@ -1219,15 +1222,17 @@ def sample(options):
 
 def number(kind, low, high=1e18):
     """The type of an option: an int or a float from low to high."""
+    name = "whole number" if kind is int else "number"
 
     def convert(text):
-        value = kind(text)
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
         if not low <= value <= high:
-            raise ValueError
+            raise argparse.ArgumentTypeError(f"{text} is not a {name} from {low:g} to {high:g}")
         return value
 
-    # argparse shows this name in its message.
-    convert.__name__ = f"{'whole number' if kind is int else 'number'} from {low:g} to {high:g}"
     return convert
 
 
@@ -1246,13 +1251,13 @@ def make_parsers():
     train_parser = commands.add_parser("train", help=told, allow_abbrev=False)
     sample_parser = commands.add_parser("sample", help="continue a text", allow_abbrev=False)
     count = number(int, 1)
-    share = number(float, 0, 0.99)
-    natural = number(int, 0)
-    anything = number(float, 0)
+    fraction = number(float, 0, 0.99)
+    int_from_0 = number(int, 0)
+    float_from_0 = number(float, 0)
 
     add = train_parser.add_argument_group("data").add_argument
     add("--data", type=os.path.abspath, default=STORY, help="UTF-8 text, or .bin: uint16 tokens")
-    add("--val-fraction", type=share, default=0.1, help="for validation [%(default)s]")
+    add("--val-fraction", type=fraction, default=0.1, help="for validation [%(default)s]")
     add("--tokenizer", help="gpt2, or N: learn N tokens from the data [gpt2, offline 1024]")
     add("--stride", type=count, help="tokens from window to window [3/4 of the context]")
     add = train_parser.add_argument_group("model").add_argument
@@ -1261,17 +1266,18 @@ def make_parsers():
     add("--n-layer", type=count, help="blocks [the size's]")
     add("--n-head", type=count, help="attention heads [the size's]")
     add("--n-embd", type=count, help="channels [the size's]")
-    add("--dropout", type=share, default=0.0, help="share of zeros [%(default)s]")
+    add("--dropout", type=fraction, default=0.0, help="share of zeros [%(default)s]")
     add("--from-scratch", action="store_true", help="compute by the hand-written lines")
     add = train_parser.add_argument_group("training").add_argument
     add("--steps", type=count, default=260, help="optimizer steps in all [%(default)s]")
     add("--batch-size", type=count, default=4, help="windows read at once [%(default)s]")
     add("--accumulate", type=count, default=1, help="micro-batches a step [%(default)s]")
-    add("--learning-rate", type=anything, default=1.2e-3, help="the highest [%(default)s]")
-    add("--warmup", type=natural, default=30, help="steps until there [%(default)s]")
-    add("--weight-decay", type=anything, default=0.1, help="pull towards 0 [%(default)s]")
+    add("--learning-rate", type=float_from_0, default=1.2e-3, help="the highest [%(default)s]")
+    add("--warmup", type=int_from_0, default=30, help="steps until there [%(default)s]")
+    add("--weight-decay", type=float_from_0, default=0.1, help="pull towards 0 [%(default)s]")
     add("--clip", type=number(float, 1e-9), default=1.0, help="longest gradient [%(default)s]")
-    add("--compile", action="store_true", help="use torch.compile: a slow start, then faster")
+    switch = argparse.BooleanOptionalAction
+    add("--compile", action=switch, default=False, help="a slow start, then faster steps")
     add = train_parser.add_argument_group("output").add_argument
     add("--out", default="out", help="folder for checkpoints and log.csv [%(default)s]")
     add("--resume", action="store_true", help="go on from the checkpoint in that folder")
@@ -1280,7 +1286,7 @@ def make_parsers():
     add = sample_parser.add_argument_group("text").add_argument
     add("--checkpoint", help="a model that was trained here [out/checkpoint.pt]")
     add("--tokens", type=count, default=100, help="the most to be added [%(default)s]")
-    add("--temperature", type=anything, default=0.8, help="0 is greedy [%(default)s]")
+    add("--temperature", type=float_from_0, default=0.8, help="0 is greedy [%(default)s]")
     add("--top-k", type=count, default=50, help="keep the k most probable [%(default)s]")
     add("--top-p", type=number(float, 1e-9, 1), default=1.0, help="... of sum p [%(default)s]")
     add("--samples", type=count, default=1, help="how many texts [%(default)s]")
@@ -1292,7 +1298,7 @@ def make_parsers():
         add("--gpt2-url", default=GPT2_URL, help="where they come from [OpenAI's server]")
         add = command.add_argument_group("other").add_argument
         add("--prompt", default="I HAD always thought", help="in sample, -: standard input")
-        add("--seed", type=natural, default=1, help="of all that is random [%(default)s]")
+        add("--seed", type=int_from_0, default=1, help="of all that is random [%(default)s]")
         add("--device", choices=DEVICES, default="auto", help="[the fastest]")
         add("--dtype", choices=DTYPES, default="auto", help="[16 bits on cuda, else float32]")
     return parser, train_parser
