@@ -157,8 +157,7 @@ class GELU(nn.Module):
 
     def forward(self, x):
         if not self.fused:
-            cubic = 0.044715 * x * x * x
-            inner = math.sqrt(2 / math.pi) * (x + cubic)
+            inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)
             return 0.5 * x * (1 + torch.tanh(inner))
         return F.gelu(x, approximate="tanh")
 
@@ -186,7 +185,7 @@ class GELU(nn.Module):
 #             q       k       v       q kᵀ / 1.41, masked    the weights, rounded    result
 #   I       (1, 0)  (0, 1)  (1, 0)    0.00    -∞     -∞      1.00  0.00  0.00      (1.00, 0.00)
 #   HAD     (0, 2)  (1, 0)  (0, 1)    1.41   0.00    -∞      0.80  0.20  0.00      (0.80, 0.20)
-#   always  (2, 0)  (1, 1)  (1, 1)    0.00   1.41   1.41     0.11  0.45  0.45      (0.55, 0.89)
+#   always  (1, 0)  (1, 1)  (1, 1)    0.00   0.71   0.71     0.20  0.40  0.40      (0.60, 0.80)
 def attention(q, k, v, mask, dropout=0.0):
     """The formula, in each head: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D).
     mask (T, S), bool, is True where a query may see a token. Source: Vaswani et al. 2017,
@@ -315,13 +314,14 @@ class GPT(nn.Module):
         self.position_embedding = nn.Parameter(torch.empty(config.context_length, config.n_embd))
         self.blocks = nn.ModuleList(TransformerBlock(config, n) for n in range(config.n_layer))
         self.final_norm = LayerNorm(config)
-        if not self.token_embedding.is_meta:  # a "meta" tensor has a shape and no memory: its
-            self.init_weights()  # numbers will come from a file
+        # A "meta" tensor has a shape and no memory: its numbers will come from a file.
+        if not self.token_embedding.is_meta:
+            self.init_weights()
 
     def init_weights(self):
         # Each block adds two results to the stream, and the variances of 2 n_layer results add up.
         # So the matrices that make them, all called `projection`, start with a standard deviation
-        # of 0.02 / sqrt(2 n_layer): a new model's stream has one size at any depth (paper, 2.3).
+        # of 0.02 / sqrt(2 n_layer): a new stream ends at one size for any n_layer (paper, 2.3).
         for name, parameter in self.named_parameters():
             if name.endswith("projection.weight"):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
@@ -603,8 +603,8 @@ def train(options, run=None):
     learner = nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
     if options.compile:
         learner = torch.compile(learner)
-    batch = options.batch_size * options.accumulate * WORLD_SIZE  # windows in a step
-    tokens = batch * windows.context_length
+    windows_per_step = options.batch_size * options.accumulate * WORLD_SIZE
+    tokens = windows_per_step * windows.context_length  # in a step
     out = Path(options.out)
     log = open_log(out, state["step"]) if RANK == 0 else None
 
@@ -635,14 +635,14 @@ def train(options, run=None):
             # best.pt is only a model; checkpoint.pt also has the state from which a run can go on.
             state["optimizer"] = optimizer.state_dict()["state"]
             state["scaler"] = scaler.state_dict()
-            state.update(step=step, batch=batch, options=vars(options))
+            state.update(step=step, batch=windows_per_step, options=vars(options))
             save_checkpoint(out / "checkpoint.pt", model, tokenizer, training_state=state)
             model.eval()
             write_text(model, tokenizer, options.prompt, max_new_tokens=40, temperature=0)
             model.train()
     if RANK == 0:
         close_log(log, options, state)
-    return model
+    return model.eval()
 
 
 # ==================================================================================================
@@ -743,7 +743,7 @@ def generate(
                 cache.length = 0
             unread = window[:, cache.length :]  # the prompt at first, later the newest token
             logits = model(unread, cache, last_only=True)[:, -1]  # (B, V)
-            if not logits.sum(dtype=torch.float32).isfinite():  # a sum is, if all numbers are
+            if not logits.sum(dtype=torch.float32).isfinite():  # it is, if all of them are
                 raise UserError("the model's logits are not finite: its weights are damaged")
             token = sample_token(logits, temperature, top_k=top_k, top_p=top_p, generator=generator)
             if eos is not None:
@@ -952,9 +952,11 @@ def choose_device(options):
     dtype = torch.float32 if options.dtype == "auto" else getattr(torch, options.dtype)
     if name == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
-        if options.dtype == "auto":  # logits of -30 to -120, as GPT-2's, need float16's digits
-            train_in_16 = torch.cuda.is_bf16_supported(including_emulation=False)
-            dtype = torch.bfloat16 if options.command == "train" and train_in_16 else torch.float16
+        if options.dtype == "auto":
+            # Training wants bfloat16's range, sampling float16's digits for logits of -30 to -120.
+            has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            trains = options.command == "train"
+            dtype = torch.bfloat16 if trains and has_bfloat16 else torch.float16
     return torch.device(name), dtype
 
 
@@ -964,8 +966,8 @@ def set_up_cpu():
     it is told to keep them. PyTorch has two libraries for products of float32, and takes the faster
     one, oneDNN, only if rounding to bfloat16 is allowed. Most processors don't round even then; one
     that does shows it in a product with the identity matrix, and is set back."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        mallopt = ctypes.CDLL(None).mallopt
         # In bytes. An older glibc takes at most the first of these, and refuses the second.
         mallopt(M_MMAP_THRESHOLD, 2**25)
         mallopt(M_MMAP_THRESHOLD, 2**30)
@@ -1044,14 +1046,16 @@ def read_data(options, tokenizer, model):
     tokens = open_data(options.data)
     if isinstance(tokens, str):
         tokens = tokenizer.encode_to_numpy(tokens, allowed_special="all")
-    context = options.context_length or model.config.context_length
     val_count = int(len(tokens) * options.val_fraction)
     count = len(tokens) - val_count
-    windows = SlidingWindows(tokens[:count], context, options.stride or max(1, context * 3 // 4))
+    context = options.context_length or model.config.context_length
+    stride = options.stride or max(1, context * 3 // 4)
+    windows = SlidingWindows(tokens[:count], context, stride)
     if len(windows) == 0:
         raise UserError(f"{options.data} has {count} tokens to train on; it needs {context + 1}")
-    context = max(1, min(context, val_count - 1))  # at most about 64 windows that don't overlap
-    validation = SlidingWindows(tokens[count:], context, max(context, val_count // 64))
+    val_context = max(1, min(context, val_count - 1))  # a short text has one shorter window
+    val_stride = max(val_context, val_count // 64)  # no overlap, and at most about 64 windows
+    validation = SlidingWindows(tokens[count:], val_context, val_stride)
     if RANK == 0:
         size = sum(parameter.numel() for parameter in model.parameters())
         show(f"{size:,} parameters learn from {len(windows):,} windows of {windows.context_length}")
@@ -1093,11 +1097,12 @@ def new_run(options):
         raise UserError(f"{options.out} has a best.pt; move it, or choose another --out")
     state = {"step": 0, "best_val_loss": math.inf, "optimizer": {}, "scaler": {}}
     fields = {"dropout": options.dropout, "fused": not options.from_scratch}
-    shape = {name: getattr(options, name) for name in SHAPE_OPTIONS if getattr(options, name)}
+    given = [name for name in SHAPE_OPTIONS if getattr(options, name) is not None]
+    shape = {name: getattr(options, name) for name in given}
     if LOCAL_RANK > 0:  # the first process of each machine goes first: it may download
         torch.distributed.barrier()
     if options.gpt2:
-        if options.size or options.tokenizer or shape.keys() - {"context_length"}:
+        if options.size or options.tokenizer or given not in ([], ["context_length"]):
             raise UserError("--gpt2 has a shape: leave out --size, --n-layer, ..., --tokenizer")
         model, tokenizer = open_gpt2(options, **fields)
     else:
@@ -1105,9 +1110,9 @@ def new_run(options):
         text = data if isinstance(data, str) else None
         tokenizer_name = options.tokenizer
         if tokenizer_name is None and WORLD_SIZE > 1:
-            tokenizer_name = "gpt2"  # offline, each would learn a vocabulary of its own
+            tokenizer_name = "gpt2"  # one that is offline would learn another
         tokenizer = load_tokenizer(tokenizer_name, text)
-        config = GPT2_CONFIGS.get(options.size, SMALL_CONFIG)
+        config = SMALL_CONFIG if options.size in (None, "small") else GPT2_CONFIGS[options.size]
         config = replace(config, vocab_size=tokenizer.n_vocab, **shape, **fields)
         torch.manual_seed(options.seed)  # for the parameters
         model = GPT(config)
@@ -1116,17 +1121,17 @@ def new_run(options):
     return model, tokenizer, state
 
 
-def resumed_run(parsers, argv):
-    """(options, run) of the run in --out: its own options, those that are given again on top."""
-    parser, train_parser = parsers
-    out = parser.parse_args(argv).out
+def resumed_run(out, parser, train_parser, argv):
+    """(options, run) of the run in a folder: its own options, those that are given again on top."""
     path = Path(out, "checkpoint.pt")
     model, tokenizer, state = load_checkpoint(path, mapped=False)  # since it will be replaced
     if state is None:
         raise UserError(f"{path} has a model only, no run to go on with")
-    train_parser.set_defaults(**state["options"] | {"out": out})
+    saved = state["options"]
+    train_parser.set_defaults(**saved)
+    train_parser.set_defaults(out=out)  # the folder may have been moved
     options = parser.parse_args(argv)
-    changed = [name for name in FIXED_OPTIONS if getattr(options, name) != state["options"][name]]
+    changed = [name for name in FIXED_OPTIONS if getattr(options, name) != saved[name]]
     if changed:
         raise UserError(f"a resumed run keeps its {', '.join(changed)}; leave that out")
     if options.steps < state["step"]:
@@ -1247,8 +1252,7 @@ def make_parsers():
     """The parser of the command line, and the part of it that is for `train`."""
     parser = Parser("gpt.py", description="Train a GPT, or let it write.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    told = "train a new GPT, or OpenAI's GPT-2 further"
-    train_parser = commands.add_parser("train", help=told, allow_abbrev=False)
+    train_parser = commands.add_parser("train", help="train a GPT", allow_abbrev=False)
     sample_parser = commands.add_parser("sample", help="continue a text", allow_abbrev=False)
     count = number(int, 1)
     fraction = number(float, 0, 0.99)
@@ -1257,7 +1261,7 @@ def make_parsers():
 
     add = train_parser.add_argument_group("data").add_argument
     add("--data", type=os.path.abspath, default=STORY, help="UTF-8 text, or .bin: uint16 tokens")
-    add("--val-fraction", type=fraction, default=0.1, help="for validation [%(default)s]")
+    add("--val-fraction", type=fraction, default=0.1, help="share for validation [%(default)s]")
     add("--tokenizer", help="gpt2, or N: learn N tokens from the data [gpt2, offline 1024]")
     add("--stride", type=count, help="tokens from window to window [3/4 of the context]")
     add = train_parser.add_argument_group("model").add_argument
@@ -1266,15 +1270,15 @@ def make_parsers():
     add("--n-layer", type=count, help="blocks [the size's]")
     add("--n-head", type=count, help="attention heads [the size's]")
     add("--n-embd", type=count, help="channels [the size's]")
-    add("--dropout", type=fraction, default=0.0, help="share of zeros [%(default)s]")
+    add("--dropout", type=fraction, default=0.0, help="share of numbers set to 0 [%(default)s]")
     add("--from-scratch", action="store_true", help="compute by the hand-written lines")
     add = train_parser.add_argument_group("training").add_argument
     add("--steps", type=count, default=260, help="optimizer steps in all [%(default)s]")
     add("--batch-size", type=count, default=4, help="windows read at once [%(default)s]")
     add("--accumulate", type=count, default=1, help="micro-batches a step [%(default)s]")
-    add("--learning-rate", type=float_from_0, default=1.2e-3, help="the highest [%(default)s]")
-    add("--warmup", type=int_from_0, default=30, help="steps until there [%(default)s]")
-    add("--weight-decay", type=float_from_0, default=0.1, help="pull towards 0 [%(default)s]")
+    add("--learning-rate", type=float_from_0, default=1.2e-3, help="highest value [%(default)s]")
+    add("--warmup", type=int_from_0, default=30, help="steps until it is reached [%(default)s]")
+    add("--weight-decay", type=float_from_0, default=0.1, help="pull of weights to 0 [%(default)s]")
     add("--clip", type=number(float, 1e-9), default=1.0, help="longest gradient [%(default)s]")
     switch = argparse.BooleanOptionalAction
     add("--compile", action=switch, default=False, help="a slow start, then faster steps")
@@ -1288,7 +1292,7 @@ def make_parsers():
     add("--tokens", type=count, default=100, help="the most to be added [%(default)s]")
     add("--temperature", type=float_from_0, default=0.8, help="0 is greedy [%(default)s]")
     add("--top-k", type=count, default=50, help="keep the k most probable [%(default)s]")
-    add("--top-p", type=number(float, 1e-9, 1), default=1.0, help="... of sum p [%(default)s]")
+    add("--top-p", type=number(float, 1e-9, 1), default=1.0, help="those with sum p [%(default)s]")
     add("--samples", type=count, default=1, help="how many texts [%(default)s]")
     add("--ignore-eos", action="store_true", help="go on behind <|endoftext|>")
     for command in (train_parser, sample_parser):
@@ -1297,18 +1301,18 @@ def make_parsers():
         add("--gpt2-folder", default="gpt2", help="where they are kept [%(default)s]")
         add("--gpt2-url", default=GPT2_URL, help="where they come from [OpenAI's server]")
         add = command.add_argument_group("other").add_argument
-        add("--prompt", default="I HAD always thought", help="in sample, -: standard input")
-        add("--seed", type=int_from_0, default=1, help="of all that is random [%(default)s]")
-        add("--device", choices=DEVICES, default="auto", help="[the fastest]")
+        add("--prompt", default="I HAD always thought", help="to continue (sample: - is stdin)")
+        add("--seed", type=int_from_0, default=1, help="for all that is random [%(default)s]")
+        add("--device", choices=DEVICES, default="auto", help="where to compute [the fastest]")
         add("--dtype", choices=DTYPES, default="auto", help="[16 bits on cuda, else float32]")
     return parser, train_parser
 
 
-def run_training(parsers, options, argv):
+def run_training(options, parser, train_parser, argv):
     """`train`, in one process or in one of several."""
     earlier = None
     if options.resume:
-        options, earlier = resumed_run(parsers, argv)
+        options, earlier = resumed_run(options.out, parser, train_parser=train_parser, argv=argv)
     if WORLD_SIZE > 1:  # the others may wait long for the first process, which saves
         torch.distributed.init_process_group(timeout=datetime.timedelta(days=1))
     train(options, earlier)
@@ -1331,16 +1335,16 @@ def main(argv=None):
         if hasattr(stream, "reconfigure"):  # to UTF-8, whatever the system's code page
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
-        parsers = make_parsers()
-        options = parsers[0].parse_args(argv)
+        parser, train_parser = make_parsers()
+        options = parser.parse_args(argv)
         if options.command == "sample":
             sample(options)
         else:
-            run_training(parsers, options, argv)
+            run_training(options, parser, train_parser=train_parser, argv=argv)
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        fail("stopped; a training run goes on from its last checkpoint with --resume", status=130)
+        fail("stopped; with --resume a training goes on from its last checkpoint", status=130)
     except (UserError, OSError) as error:
         fail(error)
     except (RuntimeError, MemoryError) as error:

@@ -655,7 +655,7 @@ def test_a_run_that_diverged_goes_on_with_a_lower_learning_rate(dtype, factor, c
 
 
 def test_best_pt_has_the_lowest_validation_loss(capsys):
-    """It is the mean over the end of the text, without dropout: recomputed from both checkpoints."""
+    """It is the mean over the end of the text, without dropout: computed from both checkpoints."""
     text = 2 * LESSON + "SPHINX OF BLACK QUARTZ, JUDGE MY VOW! 01234 PACK MY BOX WITH FIVE DOZEN"
     Path("lesson.txt").write_text(text)
     run(capsys, f"{TRAIN} --steps 40 --eval-every 1 --learning-rate 0.02 --dropout 0.1")
@@ -756,7 +756,7 @@ def test_a_text_can_be_read_in_pieces(dtype, lengths, rows, cores, fused, monkey
 
 
 def test_what_can_not_be_done_is_refused():
-    """Settings without meaning, too long a text, an empty prompt, damaged weights: it says which."""
+    """Settings without meaning, too long a text, no prompt, damaged weights: it says which."""
     model = random_model()
     wrong = [("top_k", 0), ("top_p", 0.0), ("top_p", 1.1), ("temperature", -1.0)]
     for name, value in [*wrong, ("temperature", math.nan)]:
