@@ -326,7 +326,7 @@ class GPT(nn.Module):
             if name.endswith("projection.weight"):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
             elif parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)  # that of matrices in src/model.py
+                nn.init.normal_(parameter, std=0.02)  # src/model.py, but for positions
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
