@@ -319,14 +319,14 @@ class GPT(nn.Module):
             self.init_weights()
 
     def init_weights(self):
-        # Each block adds two results to the stream, and the variances of 2 n_layer results add up.
-        # So the matrices that make them, all called `projection`, start with a standard deviation
-        # of 0.02 / sqrt(2 n_layer): a new stream ends at one size for any n_layer (paper, 2.3).
+        """Each block adds two results to the stream, and the variances of 2 n_layer results add up.
+        So the matrices that make them, all called `projection`, start with a standard deviation of
+        0.02 / sqrt(2 n_layer): the stream ends at one size for any n_layer (GPT-2 paper, 2.3)."""
         for name, parameter in self.named_parameters():
             if name.endswith("projection.weight"):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
             elif parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)  # src/model.py, but for positions
+                nn.init.normal_(parameter, std=0.02)  # as in src/model.py, but for positions
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
@@ -743,7 +743,7 @@ def generate(
                 cache.length = 0
             unread = window[:, cache.length :]  # the prompt at first, later the newest token
             logits = model(unread, cache, last_only=True)[:, -1]  # (B, V)
-            if not logits.sum(dtype=torch.float32).isfinite():  # it is, if all of them are
+            if not logits.sum(dtype=torch.float32).isfinite():  # finite if all of them are
                 raise UserError("the model's logits are not finite: its weights are damaged")
             token = sample_token(logits, temperature, top_k=top_k, top_p=top_p, generator=generator)
             if eos is not None:
@@ -1001,7 +1001,7 @@ def linear(x, weight, bias=None):
         y = multiply_in_parts(x.flatten(), weight).view(*x.shape[:-1], -1)
         return y if bias is None else y + bias
     if x.is_cpu and not single and weight.dtype.itemsize == 2:
-        # Products of 16-bit matrices are slow on many. To widen W takes little time beside them.
+        # Many CPUs are slow at products of 16-bit matrices. Making W wider takes little time.
         bias = None if bias is None else bias.float()
         return F.linear(x.float(), weight.float(), bias).to(x.dtype)
     return F.linear(x, weight, bias)
@@ -1016,11 +1016,14 @@ def multiply_in_parts(x, weight):
     if weight.is_contiguous():  # row by row: each core makes a part of the n results
         size = n // cores
         parts = weight[: cores * size].view(cores, size, m).transpose(1, 2)
-        y = torch.bmm(x.expand(cores, 1, m), parts).flatten()  # (1, m) @ (m, size)
-        return torch.cat([y, weight[cores * size :] @ x])  # and rows left over
-    cores = math.gcd(cores, m)  # each core makes n results of a part of x
+        y = torch.bmm(x.expand(cores, 1, m), parts).flatten()  # for each core, (1, m) @ (m, size)
+        if len(y) < n:
+            y = torch.cat([y, weight[len(y) :] @ x])  # the rows that are left over
+        return y
+    cores = math.gcd(cores, m)  # column by column: each core multiplies by a part of x
     parts = weight.t().view(cores, m // cores, n)
-    return torch.bmm(x.view(cores, 1, -1), parts).sum(dim=0).flatten()
+    y = torch.bmm(x.view(cores, 1, -1), parts)  # for each core, (1, m / cores) @ (m / cores, n)
+    return y.sum(dim=0).flatten()
 
 
 def place(model, device, dtype):
@@ -1258,6 +1261,8 @@ def make_parsers():
     fraction = number(float, 0, 0.99)
     int_from_0 = number(int, 0)
     float_from_0 = number(float, 0)
+    above_0 = number(float, 1e-9)
+    probability = number(float, 1e-9, 1)
 
     add = train_parser.add_argument_group("data").add_argument
     add("--data", type=os.path.abspath, default=STORY, help="UTF-8 text, or .bin: uint16 tokens")
@@ -1279,7 +1284,7 @@ def make_parsers():
     add("--learning-rate", type=float_from_0, default=1.2e-3, help="highest value [%(default)s]")
     add("--warmup", type=int_from_0, default=30, help="steps until it is reached [%(default)s]")
     add("--weight-decay", type=float_from_0, default=0.1, help="pull of weights to 0 [%(default)s]")
-    add("--clip", type=number(float, 1e-9), default=1.0, help="longest gradient [%(default)s]")
+    add("--clip", type=above_0, default=1.0, help="longest gradient let through [%(default)s]")
     switch = argparse.BooleanOptionalAction
     add("--compile", action=switch, default=False, help="a slow start, then faster steps")
     add = train_parser.add_argument_group("output").add_argument
@@ -1292,7 +1297,7 @@ def make_parsers():
     add("--tokens", type=count, default=100, help="the most to be added [%(default)s]")
     add("--temperature", type=float_from_0, default=0.8, help="0 is greedy [%(default)s]")
     add("--top-k", type=count, default=50, help="keep the k most probable [%(default)s]")
-    add("--top-p", type=number(float, 1e-9, 1), default=1.0, help="those with sum p [%(default)s]")
+    add("--top-p", type=probability, default=1.0, help="keep the best of sum p [%(default)s]")
     add("--samples", type=count, default=1, help="how many texts [%(default)s]")
     add("--ignore-eos", action="store_true", help="go on behind <|endoftext|>")
     for command in (train_parser, sample_parser):
