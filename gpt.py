@@ -1001,7 +1001,7 @@ def linear(x, weight, bias=None):
         y = multiply_in_parts(x.flatten(), weight).view(*x.shape[:-1], -1)
         return y if bias is None else y + bias
     if x.is_cpu and not single and weight.dtype.itemsize == 2:
-        # Many CPUs are slow at products of 16-bit matrices. Making W wider takes little time.
+        # Many CPUs are slow at products of 16-bit matrices. Making W float32 takes little time.
         bias = None if bias is None else bias.float()
         return F.linear(x.float(), weight.float(), bias).to(x.dtype)
     return F.linear(x, weight, bias)
@@ -1346,7 +1346,8 @@ def main(argv=None):
             sample(options)
         else:
             run_training(options, parser, train_parser=train_parser, argv=argv)
-    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+    except BrokenPipeError:
+        # Nobody reads our output any more, as after `| head`. What Python still has goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         fail("stopped; with --resume a training goes on from its last checkpoint", status=130)
