@@ -1,281 +1,352 @@
-"""GPT-2 in one file, to be read from the first line to the last, and then to be run.
+"""GPT-2 in one file. Read it from the first line to the last, then run it.
 
-A GPT (generative pre-trained transformer) is a neural network that continues a text. It reads
-tokens, which are words, parts of words or single bytes, and gives every token that it knows a score
-for coming next. One token is drawn by these scores and appended, and the network is asked again.
-Training, first on much text of every kind, changes its parameters, millions of numbers, step by
-step, until tokens that really come next get high scores. A transformer is made of blocks in which
-tokens exchange information.
+A GPT (generative pre-trained transformer) is a neural network that continues text. It reads tokens,
+which are words, pieces of words or single bytes, and gives every token in its vocabulary a score:
+how likely is it to come next? We draw a token according to these scores, append it, and ask again.
+The scores depend on millions of numbers, the network's parameters, random at first. Training nudges
+them, step by step, until the tokens that really come next score high. "Pre-trained" means that this
+was first done with a huge amount of text of every kind. Training further on your own text is called
+fine-tuning. A transformer is built from blocks in which tokens exchange information.
 
     python gpt.py train                             a small GPT learns a short story by heart
     python gpt.py sample --prompt "I HAD always"    it continues a text
-    python gpt.py sample --gpt2 124M                OpenAI's GPT-2 does (it downloads 500 MB)
-    python gpt.py train --gpt2 124M --data my.txt   GPT-2 learns on, from a text of yours
+    python gpt.py sample --gpt2 124M                OpenAI's GPT-2 continues it (downloads 500 MB)
+    python gpt.py train --gpt2 124M --data my.txt   GPT-2 is fine-tuned on your text
 
-The first takes about two minutes on two processor cores. Its loss, which measures how badly the
-model predicts, starts near 10.8, like blind guessing among 50,257 tokens, and ends below 0.5: then
-the model recites "I HAD always thought Jack Gisburn rather a cheap genius". The validation loss is
-that of the last tenth of the story, which is kept from training. It falls while the model learns
-what English looks like, and rises when it learns this one story by heart, too sure of its words.
+The first command takes about two minutes on two cores. Watch the loss, which says how badly the
+model predicts. It starts near 10.8, like blind guessing among 50,257 tokens, and ends below 0.5. By
+then the model recites "I HAD always thought Jack Gisburn rather a cheap genius". (Offline, the
+program makes a vocabulary of 1,024 tokens from the story, and the loss starts near 6.9.) The
+validation loss is measured on the last tenth of the story, which isn't trained on. It falls at
+first, while the model learns what English looks like. It rises when the model knows the other nine
+tenths by heart: it then confidently predicts words from there, which are wrong here. This is
+overfitting. More text, dropout or stopping earlier curbs it. The program keeps the model with the
+lowest validation loss, as out/best.pt.
 
-Sections 1 to 7 are the GPT. Section 8, files, devices and options, can be skipped.
+Sections 1 to 7 are the GPT. You can skip section 8 (plumbing) and section 9 (speed).
 
-    1 Config    the numbers that fix a model's shape     5 Training      how parameters are found
-    2 Layers    attention and what stands around it      6 Decoding      how text is drawn from it
-    3 Model     embeddings, blocks, scores, the loss     7 GPT-2 weights OpenAI's file and ours
-    4 Dataset   from a text to tokens and windows        8 Plumbing      files, devices, options
+    1 Config    the numbers that define a model       6 Decoding  how text is drawn from a model
+    2 Layers    attention and what surrounds it       7 Weights   how OpenAI's file becomes a model
+    3 Model     embeddings, blocks, scores, loss      8 Plumbing  checkpoints, devices, options
+    4 Data      from text to tokens to windows        9 Faster on a CPU
+    5 Training  how the parameters are found
 
-Shapes are written in letters, as (B, T) -> (B, T, C). src/... are files of github.com/openai/gpt-2.
+Shapes are written in letters: (B, T) -> (B, T, C). src/... is a file in github.com/openai/gpt-2.
 
-    letter   meaning                                                     in GPT-2 124M
-    B        batch: how many sequences are read side by side             any number
-    T        time: tokens of each sequence that are read in one call     1 to 1,024
-    S        tokens that can be seen: T and those read in earlier calls  1 to 1,024
-    C        channels: the numbers that stand for one token              768
-    H        heads: attentions that work side by side                    12
-    D        channels of one head, C / H                                 64
-    V        vocabulary: how many different tokens there are             50,257
+    letter   meaning                                                        in GPT-2 124M
+    B        batch: how many sequences are processed side by side           any number
+    T        time: how many tokens of each sequence are read in one call    1 to 1,024
+    S        tokens that can be seen: these T and those before them         1 to 1,024
+    C        channels: how many numbers represent a token                   768
+    H        how many attention heads work side by side                     12
+    D        channels of one head, C / H                                    64
+    V        vocabulary: how many different tokens there are                50,257
 """
 
 import argparse
 import codecs
 import collections
 import ctypes
-import datetime
-import gc
-import http.client
-import itertools
-import json
+import functools
 import math
 import os
-import re
+import shlex
 import shutil
 import sys
 import tempfile
 import time
 import zipfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
+import regex
 import tiktoken
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset
 
 # ==================================================================================================
 # 1 Config
 
 
+class UserError(ValueError):
+    """An error that the user can fix. The command line shows it as one line."""
+
+
+def check(name, value, kind, low=0, high=1e18, choices=None):
+    """Return the value as an int, float or str. A number must lie between low and high; a str must
+    not be empty, and must be one of the choices, if there are any. Raises UserError otherwise."""
+    limits = f"from {low:g} to {high:g}"
+    words = {int: f"a whole number {limits}", float: f"a number {limits}", str: "a name"}
+    expected = f"one of {', '.join(choices)}" if choices else words[kind]
+    try:
+        plain = kind(str(value))  # "5" and NumPy's 5 become 5, but 1.5 isn't an int
+        if kind is str:
+            valid = plain != "" and plain in (choices or [plain])
+        else:
+            valid = low <= plain <= high
+    except ValueError:
+        valid = False
+    if not valid:
+        raise UserError(f"{name} is {value!r}; it must be {expected}")
+    return plain
+
+
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a GPT, by default the smallest GPT-2's; an impossible one is a UserError.
-    Radford 2019, "Language Models are Unsupervised Multitask Learners" (the GPT-2 paper), 2.3."""
+    """A GPT's shape (default: the smallest GPT-2). Raises UserError if such a model can't exist.
+    Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (the GPT-2
+    paper), 2.3."""
 
-    vocab_size: int = 50257  # V
-    context_length: int = 1024  # the most tokens that the model can read at once
+    vocab_size: int = 50257  # V; others pad it to 50,304 for speed: OpenAI's file then doesn't fit
+    context_length: int = 1024  # the most tokens that the model can see at once
     n_embd: int = 768  # C
-    n_head: int = 12  # H
-    n_layer: int = 12  # blocks, one after the other
-    dropout: float = 0.0  # the share of numbers that training sets to 0
-    fused: bool = True  # True: PyTorch's fast routines; False: the same by hand
+    n_head: int = 12  # H, must divide C
+    n_layer: int = 12  # how many blocks follow each other
+    dropout: float = 0.0  # the share of numbers that training sets to 0 (section 2)
+    by_hand: bool = False  # False: PyTorch's fast routines ("kernels"); True: the same, written out
 
     def __post_init__(self):
-        for name in ("vocab_size", "context_length", "n_embd", "n_head", "n_layer"):
-            size = getattr(self, name)
-            if not isinstance(size, int) or size < 1:
-                raise UserError(f"{name} is {size}; it must be a whole number from 1 up")
+        for item in fields(self):
+            if item.type is not bool:
+                limits = {"low": 1} if item.type is int else {"high": 0.99}
+                value = check(item.name, getattr(self, item.name), item.type, **limits)
+                object.__setattr__(self, item.name, value)  # how a frozen dataclass sets a field
         if self.n_embd % self.n_head != 0:
             raise UserError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
 
 
-class UserError(ValueError):
-    """A mistake that the user can mend: the command line shows it as one line."""
-
-
-GPT2_CONFIGS = {  # named after the number of their parameters, in millions
+GPT2_CONFIGS = {  # named after the number of parameters; OpenAI first miscounted 124M as 117M
     "124M": GPTConfig(n_embd=768, n_head=12, n_layer=12),
     "355M": GPTConfig(n_embd=1024, n_head=16, n_layer=24),
     "774M": GPTConfig(n_embd=1280, n_head=20, n_layer=36),
     "1558M": GPTConfig(n_embd=1600, n_head=25, n_layer=48),
 }
 SMALL_CONFIG = GPTConfig(context_length=64, n_embd=384, n_head=6, n_layer=2)  # for a laptop
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
+DTYPES = ["auto", "float32", "bfloat16", "float16"]
+
+
+def option(default, help, **limits):
+    """A dataclass field that is also a command-line option. limits: see check()."""
+    return field(default=default, metadata={"help": help, "limits": limits})
+
+
+@dataclass
+class Options:
+    """What `train` and `sample` share; sections 5 and 6 add their own. None means "not given".
+    Raises UserError, with the option's name, if a value is out of range."""
+
+    prompt: str = option("I HAD always thought", "text to continue; sample: - is standard input")
+    gpt2: str = option(None, "use OpenAI's GPT-2 of this size", choices=list(GPT2_CONFIGS))
+    gpt2_folder: str = option("gpt2", "where OpenAI's files are kept")
+    gpt2_url: str = option(GPT2_URL, "where they are downloaded from")
+    seed: int = option(1, "all randomness follows from this number")
+    device: str = option("auto", "where to compute", choices=["auto", "cpu", "cuda", "mps"])
+    dtype: str = option("auto", "number format; auto is 16 bits on cuda", choices=DTYPES)
+
+    def __post_init__(self):
+        self.prompt = clean_text(self.prompt, "--prompt")
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if value is None or item.type is bool or item.name == "prompt":
+                continue
+            name = "--" + item.name.replace("_", "-")
+            value = check(name, value, item.type, **item.metadata["limits"])
+            if item.type is str:
+                value = os.path.expanduser(value)  # ~ is the home folder
+            setattr(self, item.name, value)
 
 
 # ==================================================================================================
 # 2 Layers
-# Inside the model, C numbers stand for each token. A layer reads these numbers and adds its result
-# to them. They are called the residual stream, since a layer contributes only the rest, the
-# residue, that is still missing. A sum also hands its gradient on unchanged, so even the first of
-# many layers gets one that it can learn from (He et al. 2016, "Deep Residual Learning for Image
-# Recognition"). Most layers have a Linear(m, n), PyTorch's nn.Linear: a learned matrix W (n, m) and
-# a bias b (n,), which make n numbers of m, x Wᵀ + b. (Section 8 makes it quicker on a CPU.)
+# Inside the model, C numbers represent each token. Together they are called the residual stream,
+# because they flow through all layers. A layer doesn't have to rebuild these numbers. It reads them
+# and only adds a correction, the residual, to what is there. Such sums also help training, which
+# needs gradients. The gradient of a number tells how much the loss would grow if the number grew a
+# bit. Gradients are computed backward from the loss, layer by layer, and a sum passes them on
+# unchanged. So even the first of many layers gets a useful one. Source: He et al. 2016, "Deep
+# Residual Learning".
 #
-# Dropout sets a random share of numbers to 0 while the model trains, and enlarges the others to
-# keep their mean: after the embeddings (section 3), on the attention weights, and on each layer's
-# result. A model that can't rely on any single number finds it harder to learn a text by heart
-# (Srivastava et al. 2014, "Dropout"). A model in use has none.
+# Most layers use nn.Linear(m, n). It turns m numbers x into n numbers, x Wᵀ + b. Both the matrix W
+# (n, m), its weights, and the vector b (n,), its bias, are learned.
+#
+# During training, dropout sets a random share of numbers to 0 and scales up the others to keep the
+# mean. A model that can't rely on any one number finds it harder to learn a text by heart. Dropout
+# acts on embeddings (section 3), on attention weights, and on what attention and the feed-forward
+# network add to the stream. A new PyTorch model is in training mode: if dropout is above 0, its
+# results vary until we call model.eval(). A huge corpus read once needs no dropout: there's little
+# to learn by heart. Source: Srivastava et al. 2014, "Dropout".
 class LayerNorm(nn.Module):
-    """Bring the C numbers of each token to mean 0 and variance 1, then scale and shift them.
+    """Give the C numbers of each token mean 0 and variance 1, then scale and shift them.
 
         y = (x - mean) / sqrt(variance + eps) * weight + bias          (B, T, C) -> (B, T, C)
 
-    The stream grows with every result that is added, and layers learn best from numbers of one
-    size. Mean and variance are taken over the C channels of one token. weight and bias (C,) are
-    learned: each channel gets the size and the offset that suit the next layer. Source: Ba et al.
-    2016, "Layer Normalization", section 3; src/model.py, norm()."""
+    The stream grows with every correction, but a layer learns best from numbers of similar size.
+    Mean and variance are taken over the C channels of one token, never across tokens. The learned
+    weight and bias (C,) give each channel the scale and offset that suit the next layer. Source: Ba
+    et al. 2016, "Layer Normalization", section 3; src/model.py, norm()."""
 
     def __init__(self, config):
         super().__init__()
-        self.fused = config.fused
-        self.eps = 1e-5  # keeps a token whose channels are all equal from a division by 0
+        self.by_hand = config.by_hand
+        self.eps = 1e-5  # if all channels are equal, the variance is 0
         self.weight = nn.Parameter(torch.ones(config.n_embd))
         self.bias = nn.Parameter(torch.zeros(config.n_embd))
 
     def forward(self, x):
-        if not self.fused:  # in 32 bits: float16 ends at 65,504, below the square of 256
-            wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            wide = wide - wide.mean(dim=-1, keepdim=True)  # (B, T, C) - (B, T, 1)
-            variance = wide.square().mean(dim=-1, keepdim=True)  # divided by C, not by C - 1
-            normalized = wide / torch.sqrt(variance + self.eps)  # (B, T, C)
-            return (normalized * self.weight + self.bias).to(x.dtype)
-        return F.layer_norm(x, self.weight.shape, weight=self.weight, bias=self.bias, eps=self.eps)
+        if not self.by_hand:
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        x = x - x.mean(dim=-1, keepdim=True)  # (B, T, C) - (B, T, 1)
+        variance = x.square().mean(dim=-1, keepdim=True)  # divided by C, not by C - 1
+        # eps is added inside the root, because the root's slope at 0 is infinite. With eps outside,
+        # equal channels would have no finite gradient.
+        x = x / torch.sqrt(variance + self.eps)
+        return x * self.weight + self.bias
 
 
-class GELU(nn.Module):
-    """A smooth version of max(0, x): x times the chance that a normal random number is below x.
-    This is not the exact function but an approximation by tanh, off by less than 0.0005: it was
-    faster once, and GPT-2 was trained with it. Source: Hendrycks and Gimpel 2016, "Gaussian Error
-    Linear Units", section 2; src/model.py, gelu()."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.fused = config.fused
-
-    def forward(self, x):
-        if not self.fused:
-            inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)
-            return 0.5 * x * (1 + torch.tanh(inner))
+def gelu(x, by_hand):
+    """A smooth version of max(0, x): x times the probability that a standard normal random number
+    is below x. This tanh approximation is off by less than 0.0005. It used to be faster than the
+    exact GELU, and GPT-2 was trained with it; the exact one would shift its scores a little.
+    Source: Hendrycks and Gimpel 2016, "Gaussian Error Linear Units", section 2; src/model.py,
+    gelu()."""
+    if not by_hand:
         return F.gelu(x, approximate="tanh")
+    inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)
+    return 0.5 * x * (1 + torch.tanh(inner))
 
 
-# Attention brings information from one token to another. Each token makes three vectors of its C
-# numbers: a query (what am I looking for?), a key (what can I be found by?) and a value (what do I
-# tell whoever finds me?). The score of a query and a key is their scalar product, large where both
-# point the same way. Softmax turns the scores s of a query into positive weights with the sum 1,
+# Attention carries information from one token to another. From its C numbers, each token makes
+# three vectors: a query (what am I looking for?), a key (what can I be found by?) and a value (what
+# do I tell whoever finds me?). The score of a query and a key is their dot product, which is large
+# if both point the same way. Softmax turns the scores s of one query into positive weights that sum
+# to 1. The query's token receives the mean of all values, each counted with its weight:
+#
 #     softmax(s)[i] = exp(s[i]) / (exp(s[0]) + exp(s[1]) + ...)
-# and the query's token receives the mean of all values, each counted with its weight:
 #     attention(q, k, v) = softmax(q kᵀ / sqrt(D) + mask) v
 #
-# Why the square root? A score is a sum of D products of either sign, typically sqrt(D) times as
-# large as one product. Softmax of large numbers puts nearly all weight on one token, and a small
-# change of a score changes hardly anything: its gradient is almost 0, and little is learned.
+# Unlike a layer's weights, these attention weights aren't learned but computed afresh for every
+# text. What is learned are the matrices that make queries, keys and values. If a query's scores are
+# all equal (all 0, say), its token gets the plain mean of the values it can see. So a score of 0
+# doesn't mean "ignore": exp(0) is 1.
 #
-# Why the mask? The model has to predict the next token. If a token could see even one of those
-# after it, training would teach it to copy the answer: the loss would fall to almost 0, and the
-# model would be useless for writing, where the next token isn't there yet. The mask makes the
-# scores of later tokens -∞ before the softmax. exp(-∞) is 0, and the weights that remain have the
-# sum 1, which they would not if they were set to 0 after it. As row t of the result depends on
-# tokens 0 to t alone, one pass over a text trains the predictions at all its positions at once. An
-# example for a pencil, with three tokens and D = 2 (sqrt(2) is 1.41):
+# Why the square root? A score is a sum of D products. Some are positive and some negative, so they
+# partly cancel: the sum's typical size grows like sqrt(D), not like D. Without the division, scores
+# would be large, and softmax would put nearly all the weight on one token. Small changes in a score
+# would then change hardly anything, and little would be learned.
+#
+# Why the mask? The model has to predict the next token. If a token could see the one after it,
+# training would teach the model to copy the answer. The loss would fall to almost 0, but the model
+# would be useless for writing, where the next token isn't there yet. So the mask adds -∞ to the
+# scores of later tokens: exp(-∞) is 0. (A large negative number such as -10,000 works, too, as long
+# as it is far below every real score.) Because the mask comes before the softmax, the remaining
+# weights still sum to 1. They wouldn't if we set some to 0 afterwards. And since row t of the
+# result depends only on tokens 0 to t, one pass over a text trains the predictions at all its
+# positions at once.
+#
+# An example to work through by hand, with three tokens and D = 2 (sqrt(2) is 1.41):
 #
 #             q       k       v       q kᵀ / 1.41, masked    the weights, rounded    result
 #   I       (1, 0)  (0, 1)  (1, 0)    0.00    -∞     -∞      1.00  0.00  0.00      (1.00, 0.00)
 #   HAD     (0, 2)  (1, 0)  (0, 1)    1.41   0.00    -∞      0.80  0.20  0.00      (0.80, 0.20)
 #   always  (1, 0)  (1, 1)  (1, 1)    0.00   0.71   0.71     0.20  0.40  0.40      (0.60, 0.80)
-def attention(q, k, v, mask, dropout=0.0):
-    """The formula, in each head: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D).
-    mask (T, S), bool, is True where a query may see a token. Source: Vaswani et al. 2017,
-    "Attention Is All You Need", section 3.2.1."""
+def attention(q, k, v, dropout=0.0):
+    """The formula above for all heads: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D). The
+    queries belong to the last T of the S tokens: query i sees tokens 0 to S - T + i, which is 0 to
+    i if T = S. Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1."""
+    T = q.shape[2]
+    S = k.shape[2]
     scores = q @ k.transpose(-2, -1)  # (B, H, T, D) @ (B, H, D, S) -> (B, H, T, S)
     scores = scores / math.sqrt(q.shape[-1])
-    scores = scores.masked_fill(~mask, -math.inf)
-    weights = torch.softmax(scores, dim=-1)  # over the S tokens: each row has the sum 1
-    weights = F.dropout(weights, dropout)  # when a model is in use, dropout is 0
+    # For T = 2 and S = 3 this is [[True, True, False], [True, True, True]].
+    seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(diagonal=S - T)
+    scores = scores.masked_fill(~seen, -math.inf)
+    weights = torch.softmax(scores, dim=-1)  # each row of (B, H, T, S) sums to 1, until dropout
+    # F.dropout doesn't know about model.eval(): outside training, the caller has to pass 0.
+    weights = F.dropout(weights, dropout)
     return weights @ v  # (B, H, T, S) @ (B, H, S, D) -> (B, H, T, D)
 
 
 class CausalSelfAttention(nn.Module):
-    """Attention of a text to itself, in H heads: (B, T, C) -> (B, T, C).
-    A softmax can look for one kind of thing. H heads, each on its own D = C / H channels, look for
-    H things at once: a verb, the last name, an opening quote. Their results are put side by side,
-    and the projection, a learned matrix, mixes them, so that what one head has found can reach
-    every channel of the stream. Source: Vaswani et al. 2017, section 3.2.2."""
+    """Attention within a text, masked ("causal"), in H heads: (B, T, C) -> (B, T, C).
 
-    def __init__(self, config, layer=0):
+    One set of attention weights can look for only one kind of thing. Each head reads all C channels
+    and projects them down to its own D = C / H numbers, so H heads can look for H things at once: a
+    verb, the name mentioned last, an opening quote. The matrices of all heads are stacked in one
+    (C, C) matrix, D rows for each head. Each row makes one number and ignores the other rows, so
+    this doesn't mix the heads: it is the same as a (D, C) matrix for each. (OpenAI's code also
+    stacks query, key and value, 3C rows in all.) The heads' results are put side by side. Then the
+    projection, another learned matrix, mixes them, so that what one head has found can reach every
+    channel of the stream. Source: Vaswani et al. 2017, section 3.2.2."""
+
+    def __init__(self, config, layer):
         super().__init__()
         self.config = config
-        self.layer = layer  # the number of the block, by which a cache knows its keys and values
-        C = config.n_embd
-        self.query = Linear(C, C)
-        self.key = Linear(C, C)
-        self.value = Linear(C, C)
-        self.projection = Linear(C, C)
+        self.layer = layer  # the block's number, under which a cache keeps its keys and values
+        self.query = nn.Linear(config.n_embd, config.n_embd)
+        self.key = nn.Linear(config.n_embd, config.n_embd)
+        self.value = nn.Linear(config.n_embd, config.n_embd)
+        self.projection = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, cache=None):
-        q = self.split_heads(self.query(x))  # (B, T, C) -> (B, H, T, D)
-        k = self.split_heads(self.key(x))
-        v = self.split_heads(self.value(x))
-        if cache is not None:  # section 6 keeps keys and values of earlier tokens, in float32
+        # (B, T, C) -> (B, T, H, D) -> (B, H, T, D). A token's C numbers lie side by side in memory,
+        # head after head, so a view straight to (B, H, T, D) would mix up tokens.
+        shape = (self.config.n_head, -1)
+        q = self.query(x).unflatten(-1, shape).transpose(1, 2)
+        k = self.key(x).unflatten(-1, shape).transpose(1, 2)
+        v = self.value(x).unflatten(-1, shape).transpose(1, 2)
+        if cache is not None:  # add the keys and values of earlier tokens (section 6)
             k, v = cache.extend(self.layer, k, v)  # (B, H, T, D) -> (B, H, S, D)
-        y = self.attend(q.to(k.dtype), k, v)  # (B, H, T, D)
-        y = y.transpose(1, 2).flatten(start_dim=2)  # -> (B, T, H, D) -> (B, T, C)
-        y = self.projection(y.to(x.dtype))
-        return F.dropout(y, self.config.dropout, training=self.training)
-
-    def split_heads(self, x):
-        """(B, T, C) -> (B, T, H, D) -> (B, H, T, D): head 0 has the first D channels, and so on."""
-        return x.unflatten(-1, (self.config.n_head, -1)).transpose(1, 2)
-
-    def attend(self, q, k, v):
-        """attention(), by hand or by PyTorch's fast routine for the same arithmetic."""
         dropout = self.config.dropout if self.training else 0.0
-        T = q.shape[2]
-        S = k.shape[2]
-        if self.config.fused and T == S:  # is_causal is for texts of which nothing was read before
-            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-        if self.config.fused and T == 1 and q.is_cpu:
-            return attention_of_one(q, k, v)
-        # Query i sees tokens up to S - T + i. (2, 3): [[True, True, False], [True, True, True]].
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(diagonal=S - T)
-        if self.config.fused:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        return attention(q, k, v, mask=mask, dropout=dropout)
+        if self.config.by_hand:
+            y = attention(q, k, v, dropout)
+        else:
+            # is_causal lets query i see keys 0 to i. That is right for a text, or a prompt. A
+            # single new token that follows a cache may see all S keys, and needs no mask.
+            causal = q.shape[2] > 1
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
+        # -> (B, T, H, D) -> (B, T, C). After the transpose, the numbers are out of order in memory,
+        # and flatten copies them. (Others write .contiguous().view(B, T, C).)
+        y = y.transpose(1, 2).flatten(start_dim=2)
+        return F.dropout(self.projection(y), self.config.dropout, training=self.training)
 
 
 class FeedForward(nn.Module):
-    """Work on what a token has gathered, for each by itself: gelu(x W₁ᵀ + b₁) W₂ᵀ + b₂.
-    Attention only takes means; here conclusions are drawn from them. Each of the 4C hidden numbers
-    tells how much of one pattern is in a token's C numbers. To each belongs a row of W₂ᵀ, C numbers
-    as well, and so much of this row is added to the stream. Two thirds of a block's weights are
-    here. Without the GELU between them, two matrices can do no more than one, their product. The
-    width, 4C, is that of Vaswani et al. 2017, section 3.3. Source: src/model.py, mlp()."""
+    """Let each token work by itself on what it has gathered: gelu(x W₁ᵀ + b₁) W₂ᵀ + b₂.
+
+    Attention only takes means; this is where conclusions are drawn from them. Each of the 4C hidden
+    numbers looks for one pattern in the token's C numbers and says how strongly it is present. Each
+    hidden number also has its own row of W₂ᵀ, C numbers long. That row, multiplied by the hidden
+    number, is added to the stream. Without the GELU in between, the two matrices would collapse
+    into one, their product. Two thirds of a block's parameters are here. The width 4C is customary
+    since Vaswani et al. 2017, section 3.3. Source: src/model.py, mlp()."""
 
     def __init__(self, config):
         super().__init__()
-        C = config.n_embd
-        self.dropout = config.dropout
-        self.expand = Linear(C, 4 * C)
-        self.gelu = GELU(config)
-        self.projection = Linear(4 * C, C)
+        self.config = config
+        self.expand = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.projection = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
-        hidden = self.gelu(self.expand(x))  # (B, T, C) -> (B, T, 4C)
+        hidden = gelu(self.expand(x), self.config.by_hand)  # (B, T, C) -> (B, T, 4C)
         y = self.projection(hidden)  # (B, T, 4C) -> (B, T, C)
-        return F.dropout(y, self.dropout, training=self.training)
+        return F.dropout(y, self.config.dropout, training=self.training)
 
 
 class TransformerBlock(nn.Module):
     """Attention between tokens, then the feed-forward network on each: (B, T, C) -> (B, T, C).
-    Both read the stream through a LayerNorm. The Transformer of 2017 had its LayerNorms on the
-    stream, after each sum, where they rescaled every gradient on its way back: it needed a long
-    warm-up. With "pre-LayerNorm" the stream is nothing but sums: training is steadier. Source:
-    GPT-2 paper, 2.3; Xiong 2020, "On Layer Normalization in the Transformer Architecture"."""
 
-    def __init__(self, config, layer=0):
+    Both read the stream through a LayerNorm. The Transformer of 2017 normalised the stream itself,
+    after each sum. On its way back, every gradient then passed through all these LayerNorms, was
+    rescaled by each, and training only worked if it began with many tiny steps. With this
+    "pre-LayerNorm", the stream is nothing but sums, and training is steadier. But the stream itself
+    is never normalised, so the model needs one more LayerNorm at its end. Source: GPT-2 paper, 2.3;
+    Xiong et al. 2020, "On Layer Normalization in the Transformer Architecture"."""
+
+    def __init__(self, config, layer):
         super().__init__()
         self.norm_1 = LayerNorm(config)
         self.attention = CausalSelfAttention(config, layer)
@@ -289,23 +360,43 @@ class TransformerBlock(nn.Module):
 
 # ==================================================================================================
 # 3 Model
-#     x = token_embedding[tokens] + position_embedding[0, 1, ..., T - 1]     (B, T) -> (B, T, C)
-#     x = block(x), n_layer times                                            (B, T, C)
-#     logits = final_norm(x) token_embeddingᵀ                                (B, T, C) -> (B, T, V)
 #
-# A token is a number from 0 to V - 1. Two learned tables turn it into C numbers: the row of the
-# token, its embedding, plus the row of its position, without which a layer of attention would give
-# a token the same result in whatever order the tokens before it stand. There are context_length
-# positions, so no longer text can be read at once. Any shorter one can, by the same weights: each
-# matrix acts on the C numbers of one token at a time, however many tokens there are.
+#        tokens (B, T)                                 a block, opened up
+#             |
+#     token embedding + position embedding                x ----------.
+#             |                                           |           |
+#         (B, T, C)                                    norm_1         |
+#             |                                           |           |
+#          block 0                                    attention       |
+#             |                                           |           |
+#          block 1                                        + <---------'
+#             |                                           |
+#            ...                                          +-----------.
+#             |                                           |           |
+#      block n_layer - 1                               norm_2         |
+#             |                                           |           |
+#         final norm                                feed_forward      |
+#             |                                           |           |
+#     product with the token embedding                    + <---------'
+#             |                                           |
+#      logits (B, T, V)                                   x
 #
-# The scores at the end, called logits, are scalar products of a position's C numbers with the
-# embeddings of all tokens: the output head is "tied" to the table. So tokens with similar
-# embeddings get similar scores (Press and Wolf 2017, "Using the Output Embedding to Improve
-# Language Models"), and a second table of V C = 38.6 million numbers is saved: 124M has 124.4
-# million parameters, and would have 163.0 untied.
+# A token is a number from 0 to V - 1. Two learned tables turn it into C numbers: the token's row,
+# its embedding, plus the row of its position. Without positions, a layer of attention would give a
+# token the same result whatever the order of the tokens before it. (The Transformer of 2017 used
+# fixed sines and cosines; GPT-2 learns its positions.) There are context_length positions, so a
+# longer text doesn't fit. Any shorter text does, with the same parameters: each matrix acts on one
+# token's C numbers at a time. One block's attention can look for what the blocks before it have
+# found: that is why blocks are stacked.
+#
+# The scores at the end are called logits. Each is the dot product of a position's C numbers with
+# one token's embedding: this last layer, the output head, has no matrix of its own and is "tied" to
+# the token embedding. So tokens with similar embeddings get similar scores (Press and Wolf 2017,
+# "Using the Output Embedding to Improve Language Models"). A separate matrix would cost another V C
+# = 38.6 million parameters: 124M has 124.4 million, and would have 163.0 untied.
 class GPT(nn.Module):
-    """tokens (B, T), int64 -> logits (B, T, V): at each position, a score for every next token."""
+    """tokens (B, T), int64 -> logits (B, T, V): at each position, a score for every token that
+    could come next. Raises UserError if the tokens don't fit into the context."""
 
     def __init__(self, config):
         super().__init__()
@@ -314,152 +405,263 @@ class GPT(nn.Module):
         self.position_embedding = nn.Parameter(torch.empty(config.context_length, config.n_embd))
         self.blocks = nn.ModuleList(TransformerBlock(config, n) for n in range(config.n_layer))
         self.final_norm = LayerNorm(config)
-        # A "meta" tensor has a shape and no memory: its numbers will come from a file.
+        # If the numbers will come from a file (section 7), the model is built on PyTorch's "meta"
+        # device, where tensors have a shape but no numbers. Drawing them would be slow and useless.
         if not self.token_embedding.is_meta:
             self.init_weights()
 
     def init_weights(self):
-        """Each block adds two results to the stream, and the variances of 2 n_layer results add up.
-        So the matrices that make them, all called `projection`, start with a standard deviation of
-        0.02 / sqrt(2 n_layer): the stream ends at one size for any n_layer (GPT-2 paper, 2.3)."""
+        """Draw matrices and embeddings from N(0, 0.02²): normal, mean 0, standard deviation 0.02.
+        Biases start at 0, the weights of LayerNorms at 1.
+
+        OpenAI chose 0.02; it makes the first logits small. Each block adds two results to the
+        stream. Their variances add up, so 2 n_layer results of equal size sum to sqrt(2 n_layer)
+        times the size of one. So the matrices that make them, both called `projection`, start with
+        0.02 / sqrt(2 n_layer): the sum is then as large as a single result with 0.02 would be,
+        however many blocks there are. LayerNorms don't prevent this growth, since they only
+        normalise what a block reads. Source: GPT-2 paper, 2.3. (But src/model.py: positions 0.01,
+        projections 0.02.)"""
         for name, parameter in self.named_parameters():
             if name.endswith("projection.weight"):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
-            elif parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)  # as in src/model.py, but for positions
+            elif parameter.dim() >= 2:
+                nn.init.normal_(parameter, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
     def forward(self, tokens, cache=None, last_only=False):
-        """cache: tokens come after those that it holds (section 6). Too many are a UserError.
-        last_only: compute the logits of the last position alone, (B, 1, V)."""
+        """cache: the tokens before these (section 6). An empty cache accepts any number of tokens;
+        after that, they must come one at a time. last_only: return only the last position's logits,
+        (B, 1, V)."""
+        T = tokens.shape[1]
         start = 0 if cache is None else cache.length
-        end = start + tokens.shape[1]
-        if end > self.config.context_length:
-            raise UserError(f"{end} tokens don't fit the context of {self.config.context_length}")
+        if start + T > self.config.context_length:
+            raise UserError(f"{start + T} tokens, but only {self.config.context_length} positions")
+        if start > 0 and T != 1:
+            raise UserError(f"{T} tokens can't follow a cache that isn't empty; only one can")
         x = F.embedding(tokens, self.token_embedding)  # (B, T) -> (B, T, C)
-        x = x + self.position_embedding[start:end]  # + (T, C), the same for each sequence
+        x = x + self.position_embedding[start : start + T]  # + (T, C), the same for each sequence
         x = F.dropout(x, self.config.dropout, training=self.training)
         for block in self.blocks:
             x = block(x, cache)  # (B, T, C)
         if cache is not None:
-            cache.length = end
-        x = self.final_norm(x[:, -1:] if last_only else x)  # (B, T, C) or (B, 1, C)
-        return linear(x, self.token_embedding)  # (B, T, C) @ (C, V) -> (B, T, V)
+            cache.length = start + T
+        return self.head(self.final_norm(x[:, -1:] if last_only else x))
+
+    def head(self, x):
+        """(B, T, C) @ (C, V) -> (B, T, V), each position by itself."""
+        return F.linear(x, self.token_embedding)
 
 
-# Softmax of the logits gives each token its probability to come next. The probability of a text is
-# the product of those of its tokens, each given the tokens before it, and training makes the texts
-# that people wrote as probable as it can. A logarithm turns the product, too small to be stored,
-# into a sum, and with a minus sign a small number is good. So the loss is the mean of -log p over
-# all tokens, p being the probability that the model gave to the token that really came. With
-# natural logarithms its unit is the nat. A loss of 3.0 means p = exp(-3.0), 1 in 20; 0 would be
-# certainty. A new model gives every token about 1 / V, so it starts near ln V, 10.8 for GPT-2.
+# Softmax of the logits gives each token its probability of coming next. The probability of a text
+# is the product of the probabilities of its tokens, each given the tokens before it. (The first has
+# none before it, so it is read but never predicted.) Training makes the texts that people wrote as
+# probable as possible. The product is too small to store, but its logarithm is a sum, and a minus
+# sign makes lower better. So the loss is the mean of -log p over all predictions, where p is the
+# probability the model gave the token that really came.
+#
+# With natural logarithms, the unit of the loss is the nat. A loss of 3.0 means that p is typically
+# exp(-3.0), 1 in 20; a loss of 0 would be certainty. exp(loss), here 20, is called the perplexity:
+# the model is as unsure as if it guessed among 20 tokens. A new model gives every token about 1 /
+# V, so its loss starts near ln V, 10.8 for GPT-2. A text longer than the context is measured window
+# by window. The first tokens of a window see little before them and are predicted worse, so to
+# measure exactly, let windows overlap and count only their later parts. (Our validation loss is
+# simpler: its windows don't overlap, and all positions count.)
 def cross_entropy(logits, targets):
     """The mean of -log softmax(logits)[target], in nats, a scalar; logits (..., V), targets (...).
+
     By the definition of softmax, -log p is the logarithm of the sum of all exp(logit), called
-    logsumexp, minus the logit of the target. 16 bits are too coarse for such sums."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logsumexp, minus the target's logit. The gradient of a logit is its token's probability (for the
+    target's logit, that probability minus 1), divided by the number of predictions. All these
+    gradients are 0 once the target has probability 1."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # 16 bits are too coarse
     chosen = logits.gather(dim=-1, index=targets.unsqueeze(-1)).squeeze(-1)  # (B, T, V) -> (B, T)
     return (logits.logsumexp(dim=-1) - chosen).mean()
 
 
 # ==================================================================================================
-# 4 Dataset
-# A text is stored as bytes, numbers from 0 to 255: an English letter is one, an é two, most emoji
-# four. The 256 bytes can write any text, but long, and a model reads only so many tokens at once.
-# Byte-pair encoding makes a new token of the most frequent pair of neighbours, and repeats this
-# until the vocabulary is large enough: GPT-2's has the 256 bytes, 50,000 merged pairs, and
-# <|endoftext|>. That one ended each document that GPT-2 was trained on. When a model writes it, the
-# text is over; in place of an empty prompt it means "begin a new text". Merging never crosses the
-# border of a word, or "dog.", "dog!" and "dog?" would each become a token. "I'd say 42!" is cut
-# into  "I"  "'d"  " say"  " 42"  "!"  (GPT-2 paper, section 2.2; src/encoder.py).
+# 4 Data
+# A text is stored as bytes, numbers from 0 to 255: an English letter takes one byte, an é two, most
+# emoji four. With a token for each byte, a model could write any text in any language. But texts
+# would be long, and a model sees only so many tokens at once. So byte-pair encoding (BPE) turns the
+# most frequent pair of neighbours into a new token, again and again, until the vocabulary is large
+# enough. GPT-2's has the 256 bytes, 50,000 merged pairs, and <|endoftext|>.
+#
+# Merging never crosses a word boundary. Otherwise "dog.", "dog!" and "dog?" would each become a
+# token, and the model would have to learn "dog" three times. "I'd say 42!" is first cut into the
+# words  "I"  "'d"  " say"  " 42"  "!". A space belongs to the word after it, so " say" and "say"
+# are different tokens. (GPT-2's own files show this space as Ġ.) Source: GPT-2 paper, 2.2;
+# src/encoder.py.
+#
+# <|endoftext|> marked the end of each document that GPT-2 was trained on. When a model writes it,
+# the text has ended; a model that never saw it in training hardly ever writes it. There is no start
+# token. If the prompt is empty, we feed <|endoftext|>, which says "a new text begins". Documents of
+# different lengths are joined with it and cut into equal windows, so training needs no padding
+# token. Tokens can attend across it, so the model has to learn that what came before doesn't
+# matter. In a text or prompt, the 13 characters <|endoftext|> stand for this token. (Other
+# libraries raise an error until you say whether you mean this token or plain text, which would be
+# several ordinary tokens.)
 END_OF_TEXT = "<|endoftext|>"
-WORDS = (  # a regular expression; \p{L} is any letter, \p{N} any digit
-    r"'(?:s|t|re|ve|m|ll|d)|"  # the ends of it's, don't, we're, I've, I'm, we'll, I'd
-    r" ?\p{L}+| ?\p{N}+|"  # letters or digits, with the space before them
-    r" ?[^\s\p{L}\p{N}]+|"  # other signs
-    r"\s+(?!\S)|\s+"  # spaces, but for the last one before a word: it goes with the word
-)
+# The alternatives, in order: endings, as in I'm; letters (\p{L}), digits (\p{N}) or other signs, as
+# many as follow each other, with the space before them, if there is one; then white space.
+# \s+(?!\S) stops one character before a word: a space then joins the word.
+WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+STORY = str(Path(globals().get("__file__", "gpt.py")).resolve().with_name("the-verdict.txt"))
 
 
 def train_bpe(text, vocab_size):
-    """Learn {token as bytes: its rank}: the 256 bytes, then merged pairs, vocab_size in all.
-    Fewer if the text has no more pairs; below 256 is a UserError. An example is the text " hug hug
-    hugs pug", with the words " hug" (twice), " hugs" and " pug":
+    """Learn a vocabulary, {token as bytes: its number}: the 256 bytes, then merged pairs, up to
+    vocab_size or until no pair is left. Raises UserError if vocab_size is below 256.
 
-        the most frequent pair   u g, 4 times       is token 256, "ug"      the words are then
-        then                     space h, 3 times   is token 257, " h"      " h" "ug", " " p "ug"
-        then                     " h" "ug", 3       is token 258, " hug"    " hug", " " p "ug"
+    The text " hug hug hugs pug" has the words " hug" (twice), " hugs" and " pug":
 
-    A new text is cut likewise, into words and bytes, and in each word the pair that was learned
-    first is merged first: " hugging" becomes " hug" g i n g. Source: Sennrich et al. 2016, "Neural
-    Machine Translation of Rare Words with Subword Units", algorithm 1."""
-    if vocab_size < 256:
-        raise UserError(f"a vocabulary of {vocab_size} tokens can't hold the 256 bytes")
-    # Python's re has no \p. A \w that is no digit and no _ is a letter here (½ counts as one, too).
-    pattern = WORDS.replace(r"[^\s\p{L}\p{N}]", r"(?:[^\s\w]|_)")
-    pattern = pattern.replace(r"\p{L}", r"[^\W\d_]").replace(r"\p{N}", r"\d")
-    words = collections.Counter()  # {a word as a tuple of tokens: how often it occurs}
-    for word in re.findall(pattern, text):
-        words[tuple(bytes([byte]) for byte in word.encode("utf-8"))] += 1
+        the most frequent pair   u g, 4 times             becomes token 256, "ug"
+        then                     h ug, 3 times            becomes token 257, "hug"
+        then                     a space and hug, 3 times, becomes token 258, " hug"
+
+    At the second step, the pair of a space and h also occurs 3 times; of equally frequent pairs,
+    the one that is last in byte order wins. A new text is cut into words and bytes in the same way.
+    Then its pairs are merged in the order in which they were learned: " hugging" becomes " hug" g i
+    n g. Source: Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword
+    Units", algorithm 1."""
+    check("vocab_size", vocab_size, int, low=256)
+    counts = collections.Counter()  # {word: how often it occurs}
+    for document in text.split(END_OF_TEXT):
+        counts.update(regex.findall(WORDS, document))
+    words = {word: [bytes([byte]) for byte in word.encode("utf-8")] for word in counts}
+    pairs = collections.Counter()  # {two neighbouring tokens: how often they occur}
+    places = collections.defaultdict(set)  # {two neighbouring tokens: the words they occur in}
+
+    def count_pairs(word, times):
+        for pair in zip(words[word], words[word][1:]):
+            pairs[pair] += times
+            places[pair].add(word)
+
+    for word, times in counts.items():
+        count_pairs(word, times)
     ranks = {bytes([byte]): byte for byte in range(256)}
-    while len(ranks) < vocab_size:
-        pairs = collections.Counter()
-        for word, count in words.items():
-            for pair in itertools.pairwise(word):  # each token with the next
-                pairs[pair] += count
-        if not pairs:
-            break
-        best = max(pairs, key=pairs.get)  # of equally frequent ones, the first in the text
-        ranks.setdefault(best[0] + best[1], len(ranks))  # "abc" may be there, from other pairs
-        words = {merge_pair(word, best): count for word, count in words.items()}
+    while len(ranks) < vocab_size and max(pairs.values(), default=0) > 0:
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        ranks[best[0] + best[1]] = len(ranks)
+        for word in places.pop(best):  # only words that contain the pair change
+            count_pairs(word, -counts[word])
+            words[word] = merge_pair(words[word], best)
+            count_pairs(word, counts[word])
     return ranks
 
 
-def merge_pair(word, pair):
-    """The tokens of a word, with each occurrence of the pair made one: h u g -> h ug."""
-    merged = [word[0]]
-    for token in word[1:]:
+def merge_pair(tokens, pair):
+    """The tokens, with each occurrence of the pair merged into one token: h u g -> h ug."""
+    merged = [tokens[0]]
+    for token in tokens[1:]:
         if (merged[-1], token) == pair:
             merged[-1] += token
         else:
             merged.append(token)
-    return tuple(merged)
+    return merged
+
+
+def make_tokenizer(ranks):
+    """The tiktoken.Encoding of {token as bytes: its number}, with <|endoftext|> as the last
+    token."""
+    special = {END_OF_TEXT: len(ranks)}
+    return tiktoken.Encoding("gpt.py", pat_str=WORDS, mergeable_ranks=ranks, special_tokens=special)
 
 
 def load_tokenizer(name=None, text=None):
-    """GPT-2's tokenizer (name "gpt2"), or one of N tokens that is learned from the text (name N).
-    tiktoken downloads GPT-2's vocabulary when it is first used. Where that fails and no name was
-    given, 1,024 tokens are learned from the text, and a line says so. Else it is a UserError."""
+    """GPT-2's tokenizer (name "gpt2"), or a new one with N tokens, learned from the text (name N).
+    tiktoken downloads GPT-2's vocabulary the first time. If that fails and no name was given, we
+    learn 1,024 tokens from the text and say so. Raises UserError if that isn't possible either."""
     if name in (None, "gpt2"):
         try:
             return tiktoken.get_encoding("gpt2")
-        except (OSError, ValueError) as error:  # no network, or not the file that was expected
+        except (OSError, ValueError) as error:  # no network, or a wrong file
             problem = f"GPT-2's vocabulary can't be downloaded ({type(error).__name__})"
         if name == "gpt2" or text is None:
             raise UserError(f"{problem}; go online, or set TIKTOKEN_CACHE_DIR to where it is")
-        show(f"{problem}; 1,024 tokens are learned from the text instead")
+        print(f"{problem}; learning 1,024 tokens from the text instead", file=sys.stderr)
         name = 1024
-    if text is None or not str(name).isdecimal() or int(name) < 257:
-        raise UserError(f"--tokenizer is {name}; it must be gpt2 or, for a text, 257 or more")
-    return make_tokenizer(train_bpe(text, int(name) - 1))
+    if text is None:
+        raise UserError(f"--tokenizer is {name}; the tokens of a .bin file need gpt2")
+    return make_tokenizer(
+        train_bpe(text, check("--tokenizer (unless gpt2)", name, int, low=257) - 1)
+    )
 
 
-# A window is context_length tokens of the text, the input, and the same moved on by one, the
-# target: at each position, the token that comes next. With a context of 4 and a stride of 2, the
-# distance from one window to the next, the first two windows are
+def encode(tokenizer, text, source):
+    """The tokens of a text, as an array. source: what an error calls the text."""
+    try:
+        return tokenizer.encode_to_numpy(text, allowed_special="all")
+    except ValueError as error:  # tiktoken gives up on a million spaces in a row
+        raise UserError(f"{source} has too many spaces in a row ({error})") from error
+
+
+def clean_text(text, source):
+    """Bytes or a str from outside, as a str: lines end in \\n, a byte-order mark is dropped. Raises
+    UserError, naming the source, if it isn't UTF-8."""
+    if isinstance(text, bytes):
+        text = text.decode("utf-8", errors="surrogateescape")
+    wrong = regex.search(r"[\0\ud800-\udfff]", text)  # a zero byte, or one that isn't UTF-8
+    if wrong:
+        problem = (
+            f"{source} isn't UTF-8 text: character {wrong.start():,} is a zero or invalid byte"
+        )
+        raise UserError(f"{problem}; convert the text first")
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_data(path):
+    """The text of a UTF-8 file, or the tokens of a .bin: little-endian uint16 (50,257 is below
+    65,536), mapped into memory, so the file can be larger than the memory. Raises UserError if it
+    can't be read."""
+    try:
+        if path.endswith(".bin"):
+            return np.memmap(path, dtype="<u2", mode="r")
+        data = Path(path).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: an empty .bin, or half a token
+        reason = getattr(error, "strerror", None) or error
+        advice = "it takes one file: a text (cat a.txt b.txt > c.txt joins two) or a .bin"
+        raise UserError(f"--data {path} can't be read ({reason}); {advice}") from error
+    return clean_text(data, f"--data {path}")
+
+
+def check_tokens(tokens, path, vocab_size):
+    """Raise UserError if a .bin file isn't what it claims to be. This reads all of it, once."""
+    largest = 0
+    for start in range(0, len(tokens), 2**24):  # in pieces, which need little memory
+        piece = np.fromfile(path, dtype="<u2", count=2**24, offset=2 * start)
+        largest = max(largest, int(piece.max()))
+    if tokens[:2].tobytes() == (20240520).to_bytes(4, "little"):
+        problem = f"has llm.c's header; cut it off: tail -c +1025 {shlex.quote(path)} > new.bin"
+    elif len(tokens) > 1 and not tokens[1:2000:2].any():
+        problem = "has a zero in every second place; save it as uint16, not uint32"
+    elif largest >= vocab_size:
+        problem = f"has token {largest}, but the model's vocabulary has only {vocab_size}"
+    elif largest < 256 and Path(path).with_name("meta.pkl").exists():
+        problem = "has characters, not GPT-2's tokens; use the text it was made from"
+    else:
+        return
+    raise UserError(f"--data {path} {problem}")
+
+
+# A window has an input, context_length tokens of the text, and a target, the same tokens shifted by
+# one: at each position, the token that comes next. (Some libraries take the same tokens twice and
+# shift them inside the loss.) The stride is the distance from one window to the next. With a
+# context of 4 and a stride of 2, the first two windows are
+#
 #     text               I     HAD      always    thought   Jack     Gis     burn
 #     window 0, input    I     HAD      always    thought
 #               target   HAD   always   thought   Jack
 #     window 1, input                   always    thought   Jack     Gis
 #               target                  thought   Jack      Gis      burn
 #
-# When the stride is below the context, windows overlap, and tokens are learned at more than one
-# position. Else each is learned at one position only, with one and the same text before it.
+# If windows lay back to back (stride equal to the context), the model would see each token at one
+# position only, always after the same text. A smaller stride makes windows overlap. With a stride
+# of 1, neighbouring windows are nearly equal, so a large number of them teaches little more than a
+# few would. (Others draw windows at any offset, which is the same as a stride of 1.)
 class SlidingWindows(Dataset):
-    """Item i is (input, target), each int64 (context_length,), from token i * stride on.
-    tokens: a tensor, an array or a numpy.memmap, of which only the item's part is read."""
+    """Item i is (input, target), each int64 (context_length,), from token i * stride on. tokens: a
+    tensor, an array or a numpy.memmap, of which only the item's part is read."""
 
     def __init__(self, tokens, context_length, stride):
         self.tokens = tokens
@@ -478,741 +680,463 @@ class SlidingWindows(Dataset):
         return torch.from_numpy(window[:-1]), torch.from_numpy(window[1:])
 
 
+def make_windows(data, tokenizer, config, options):
+    """(windows to train on, windows for validation) from a text or a .bin's tokens. Validation gets
+    the end of the text, because random windows would overlap with those trained on. It has at most
+    about 64 windows; an end that is shorter than a window becomes one short window. Raises
+    UserError if there's nothing to train on."""
+    if isinstance(data, str):
+        tokens = encode(tokenizer, data, f"--data {options.data or STORY}")
+    else:
+        tokens = data
+        if RANK == 0:  # only the first of several processes (section 5)
+            check_tokens(tokens, options.data, config.vocab_size)
+    context = options.context or config.context_length
+    check("--context", context, int, high=config.context_length)
+    val_count = int(len(tokens) * options.val_fraction)
+    count = len(tokens) - val_count
+    windows = SlidingWindows(tokens[:count], context, options.stride or max(1, context * 3 // 4))
+    if len(windows) == 0:
+        raise UserError(f"--data has {count} tokens to train on; it needs {context + 1}")
+    val_context = max(1, min(context, val_count - 1))
+    val_stride = max(val_context, val_count // 64)
+    return windows, SlidingWindows(tokens[count:], val_context, val_stride)
+
+
 # ==================================================================================================
 # 5 Training
-# All that a GPT knows, it has learned by repeating five lines, each time with another batch:
+# Everything a GPT knows, it has learned by repeating five lines, each time with a new batch:
 #
 #     loss = cross_entropy(model(inputs), targets)   forward: how badly does it predict this batch?
 #     loss.backward()                                the gradient: how would a small change of each
 #                                                    parameter change the loss?
 #     clip_grad_norm_(model.parameters(), 1.0)       shorten the gradient if it is unusually long
 #     optimizer.step()                               move each parameter a bit against its gradient
-#     optimizer.zero_grad()                          forget the gradient
+#     optimizer.zero_grad()                          clear the gradient
 #
+# backward() walks through the model from end to beginning, by the chain rule: the gradient of a
+# layer's input is the gradient of its output times the layer's own derivative. backward() adds to
+# the gradients already there. Without zero_grad(), a step would also follow all earlier batches.
+@dataclass
+class TrainOptions(Options):
+    """The options of `train` and their defaults; brackets say what None stands for. From Python:
+    train(TrainOptions(data="my.txt", steps=100))."""
+
+    data: str = option(None, "UTF-8 text, or .bin: uint16 tokens [the story]")
+    val_fraction: float = option(0.1, "share of the data for validation", high=0.99)
+    tokenizer: str = option(None, "gpt2, or N: learn N tokens from the text [gpt2; offline 1024]")
+    stride: int = option(None, "tokens from one window to the next [3/4 of the context]", low=1)
+    size: str = option(None, "shape of a new model [small]", choices=["small", *GPT2_CONFIGS])
+    context: int = option(None, "tokens in a window [the size's]", low=1)
+    n_layer: int = option(None, "blocks [the size's]", low=1)
+    n_head: int = option(None, "attention heads [the size's]", low=1)
+    n_embd: int = option(None, "channels [the size's]", low=1)
+    dropout: float = option(0.0, "share of numbers set to 0; try 0.1 on small data", high=0.99)
+    by_hand: bool = option(False, "run the hand-written arithmetic, not PyTorch's kernels")
+    steps: int = option(260, "optimizer steps in all", low=1)
+    batch_size: int = option(4, "windows read at once", low=1)
+    accumulate: int = option(1, "batches whose gradients add up to one step", low=1)
+    learning_rate: float = option(None, "highest learning rate [1.2e-3; with --gpt2 3e-5]")
+    warmup: int = option(30, "steps until the learning rate peaks")
+    weight_decay: float = option(0.1, "how strongly matrices are pulled towards 0")
+    clip: float = option(1.0, "longer gradients are scaled down to this length", low=1e-9)
+    compile: bool = option(False, "use torch.compile: a slow start, then faster steps")
+    eval_every: int = option(20, "steps from one validation to the next", low=1)
+    save_every: int = option(100, "steps from one checkpoint to the next", low=1)
+    out: str = option("out", "folder for checkpoint.pt, best.pt and log.csv")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.data is not None:  # so that a run can be resumed from another folder
+            self.data = os.path.abspath(self.data)
+        if self.learning_rate is None:  # large steps would destroy what GPT-2 has learned
+            self.learning_rate = 3e-5 if self.gpt2 else 1.2e-3
+        shape = (self.size, self.tokenizer, self.n_layer, self.n_head, self.n_embd)
+        if self.gpt2 and any(shape):
+            raise UserError("--gpt2 has its own shape: omit --size, --tokenizer, --n-layer, ...")
+
+
 # The optimizer is AdamW (Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization"). For
 # each parameter it keeps two numbers: the running mean of its gradients, and that of their squares.
-# A step moves the parameter by the learning rate times the first, divided by the root of the
-# second. So each moves by about the learning rate, whether its gradients are large or tiny, and one
-# whose gradients keep changing sign hardly moves. Weight decay, the W, also pulls matrices and
-# embeddings towards 0 in each step: a weight stays large only if the data keeps asking for it.
-# Biases and LayerNorms' weights are not decayed: they are too few to learn a text by heart with,
-# and a LayerNorm with weights near 0 would hand on nothing but its bias.
+# A step moves the parameter against the first mean, by the learning rate times that mean divided by
+# the square root of the second. So a parameter moves by about the learning rate, however large its
+# gradients are. If they keep changing sign, it hardly moves. (Both means start at 0, and AdamW
+# corrects for that. An epsilon of 1e-8 keeps the divisor from being 0.)
+#
+# Weight decay, the W, also pulls matrices and embeddings towards 0 in each step: a weight stays
+# large only if the data keeps asking for it. Biases and LayerNorm weights aren't decayed. They are
+# too few to learn a text by heart, and a LayerNorm with weights near 0 would pass on only its bias.
 def make_optimizer(model, weight_decay):
-    """AdamW. Its means are running means: in each step, mean = beta mean + (1 - beta) new number.
-    With betas 0.9 and 0.95, about the last 10 and 20 steps count. fused: PyTorch's fast version.
-    Source: Brown et al. 2020, "Language Models are Few-Shot Learners", appendix B."""
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
+    """AdamW. Each step updates its running means: mean = beta mean + (1 - beta) new number. With
+    beta 0.9, a mean covers roughly the last 10 steps, with 0.95 the last 20. fused: PyTorch's fast
+    version. Source: Brown et al. 2020, "Language Models are Few-Shot Learners", appendix B."""
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
 
 
 def learning_rate(step, options):
     """The learning rate of step 1, 2, ..., options.steps. Source: Brown et al. 2020, appendix B.
-    In the first --warmup steps it rises evenly, from --learning-rate / --warmup to --learning-rate:
-    AdamW's means rest on few gradients then, and full steps would go astray. Then it falls along
-    half a cosine to a tenth: large steps get near a minimum of the loss, small ones settle."""
+
+    In the first --warmup steps it rises evenly to --learning-rate: at first, AdamW's means rest on
+    only a few gradients, and full steps could go badly wrong. (We count steps from 1. From 0, the
+    first step would have rate 0 and be wasted.) After the warm-up, the rate falls along half a
+    cosine to a tenth: large steps get near a minimum of the loss, small ones then settle into
+    it."""
     if step <= options.warmup:
         return options.learning_rate * step / options.warmup
-    done = (step - options.warmup) / (options.steps - options.warmup)  # 1 in the last step
-    cosine = (1 + math.cos(math.pi * done)) / 2  # falls from 1 to 0
+    progress = (step - options.warmup) / (options.steps - options.warmup)  # 1 in the last step
+    cosine = (1 + math.cos(math.pi * progress)) / 2  # falls from 1 to 0
     return options.learning_rate * (0.1 + 0.9 * cosine)
 
 
-# Clipping. An unusual batch can have a gradient many times as long as others, which would rule
-# AdamW's means for many steps. One whose norm, the root of the sum of its squares, exceeds --clip
-# is scaled down to it (Pascanu 2013, "On the difficulty of training recurrent neural networks").
+# Clipping. An unusual batch can have a gradient many times longer than usual, which would dominate
+# AdamW's means for many steps. Its length, the norm, is the root of the sum of all squares. If the
+# norm exceeds --clip, the gradient is scaled down to that length. Source: Pascanu et al. 2013, "On
+# the difficulty of training recurrent neural networks".
 #
-# Accumulation. backward() adds to the gradients that are there. So a batch that the memory can't
-# hold is read in micro-batches: with each loss divided by their number, the gradients add up to
-# that of the whole batch. --batch-size 4 --accumulate 2 takes the steps of --batch-size 8, but for
-# dropout, with half the memory for what forward keeps, in somewhat more time.
+# Accumulation. A batch too large for memory can be read in micro-batches. If each loss is divided
+# by their number, their gradients add up to the gradient of the whole batch. (Undivided, they would
+# be too long. AdamW would hardly notice, since it divides by their size, but clipping would.)
+# --batch-size 4 --accumulate 2 gives the same steps as --batch-size 8 (only the dropout masks
+# differ). It needs half the memory for what forward keeps, and somewhat more time.
 #
-# 16 bits. GPUs multiply 16-bit numbers many times as fast as 32-bit ones. Under autocast, PyTorch
-# rounds what goes into matrix products and what comes out to 16 bits; LayerNorms, the stream, the
-# loss, parameters, their gradients and AdamW's means stay in float32 (Micikevicius et al. 2018,
-# "Mixed Precision Training"). bfloat16 has the range of float32 with fewer digits. float16 has more
-# digits than bfloat16 but a smaller range, and the gradients that backward hands from one product
-# to the one before are float16, too: below 3e-8 they would become 0. So a scaler multiplies the
-# loss, and with it every gradient, by a large number and divides the parameters' gradients by it
-# before clipping. If one is infinite, the scaler leaves out the step and halves its number.
+# 16 bits. GPUs multiply 16-bit numbers many times as fast as 32-bit ones. Under "autocast", matrix
+# products run in 16 bits. The stream, LayerNorms, the loss, parameters, their gradients and AdamW's
+# means stay in float32 (Micikevicius et al. 2018, "Mixed Precision Training"). bfloat16 has the
+# range of float32 but few digits. float16 has more digits but a small range, 6e-8 to 65,504. So
+# training on CUDA GPUs uses bfloat16 if the GPU has it, and sampling uses float16 for its digits.
 #
-# Several processes, one for each GPU, have the same model and optimizer and read windows of their
-# own (`torchrun --nproc_per_node=2 gpt.py train` starts two). In the last backward of a step,
-# DistributedDataParallel replaces their gradients by the mean, so that their models stay the same.
+# If training has to use float16, tiny gradients become 0 unless something is done. So a scaler
+# multiplies the loss by a large scale factor, which multiplies every gradient, too. The scaler
+# divides the parameters' gradients by that factor before they are clipped. If a gradient overflows,
+# it becomes inf or NaN (inf - inf). Then the scaler skips the step and halves the factor. After
+# 2,000 good steps, it doubles the factor. bfloat16 needs no scaler. If a number in the forward pass
+# exceeds 65,504, the loss itself can become NaN. No scaler helps against that: the run stops.
+#
+# Several processes, one for each GPU, hold the same model and optimizer, but read different windows
+# (`torchrun --nproc_per_node=2 gpt.py train` starts two). DistributedDataParallel (DDP) averages
+# their gradients, so the models stay the same. Sending gradients takes time, so DDP does it only
+# after the last micro-batch, when they are complete.
 RANK = int(os.environ.get("RANK", "0"))  # torchrun numbers the processes from 0
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # and says how many there are
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))  # the number within one machine
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # how many processes there are
+
+
+def prepare(model, options):
+    """The model as training_step() calls it: for several processes, and compiled on request."""
+    if options.compile and model.token_embedding.is_cpu:
+        compilers = (os.environ.get("CXX", "g++"), "clang++", "cl")
+        if not any(shutil.which(name) for name in compilers):
+            raise UserError("--compile needs a C++ compiler, such as g++: install one, or omit it")
+    if WORLD_SIZE > 1:
+        if "MASTER_ADDR" not in os.environ:
+            raise UserError(f"WORLD_SIZE is {WORLD_SIZE}: start with torchrun, or unset it")
+        torch.distributed.init_process_group()
+        model = nn.parallel.DistributedDataParallel(model)
+    return torch.compile(model) if options.compile else model
 
 
 def training_step(model, batches, optimizer, scaler, autocast, clip):
-    """One step of the optimizer, on one or more micro-batches -> (loss, norm of the gradient)."""
+    """One optimizer step on one or more micro-batches; returns the mean loss over all processes.
+    Raises UserError, before any parameter changes, if the loss isn't finite. Without a scaler, it
+    also does so if the gradient isn't."""
     total = 0.0
     for number, (inputs, targets) in enumerate(batches, start=1):
-        model.require_backward_grad_sync = number == len(batches)  # for several processes
+        model.require_backward_grad_sync = number == len(batches)  # DDP averages only then
         with autocast:
             loss = cross_entropy(model(inputs), targets) / len(batches)
         scaler.scale(loss).backward()
         total += loss.detach()
-    scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad()
     if WORLD_SIZE > 1:
         torch.distributed.all_reduce(total)  # the sum over all processes
-    return total.item() / WORLD_SIZE, norm.item()
+    total = total.item() / WORLD_SIZE
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip).item()
+    if not math.isfinite(total) or not (math.isfinite(norm) or scaler.is_enabled()):
+        problem = f"training diverged: the loss is {total}, the norm of its gradient {norm}"
+        raise UserError(f"{problem}; use --resume with a lower --learning-rate")
+    scaler.step(optimizer)  # after an overflow, it skips the step
+    scaler.update()
+    optimizer.zero_grad()
+    return total
 
 
-def draw_batches(windows, step, options, model):
-    """The windows that a step reads, as micro-batches; it also seeds the dropout of the step.
-    Both depend on the options and the step alone, so a resumed run draws what one that was never
-    stopped draws. Windows are drawn with replacement. Of N processes, each reads every N-th."""
-    draw = np.random.default_rng((options.seed, step))
+def draw_batches(windows, step, options, device):
+    """The windows of a step, as micro-batches [(inputs, targets), ...], (B, T) each.
+
+    They are drawn at random, because a batch read in order would show only one passage, and with
+    replacement, so that no state has to be saved. With unchanged options, they depend on the seed
+    and the step alone, so a resumed run draws exactly the same batches as an uninterrupted one.
+    Process r of N takes window r and every N-th after it. (Another seed changes the windows,
+    dropout masks and first parameters, but not the data or its split.)"""
+    rng = np.random.default_rng((options.seed, step))
     count = options.batch_size * options.accumulate * WORLD_SIZE
-    numbers = draw.integers(len(windows), size=count)[RANK::WORLD_SIZE]
-    torch.manual_seed(int(draw.integers(2**62)) + RANK)  # for dropout
-    return read_batches(windows, numbers, options.batch_size, model=model)
+    numbers = rng.integers(len(windows), size=count)[RANK::WORLD_SIZE]
+    batches = DataLoader(Subset(windows, numbers), options.batch_size)
+    return [(inputs.to(device), targets.to(device)) for inputs, targets in batches]
 
 
-# Time. For each token, each of N weights takes part in one multiplication and one addition: 2
-# operations. backward does that twice more, for the gradients of the weight and of its input: 6 N
-# in all. In each layer, attention adds 2 T C operations for a token's scores, as many for the mean
-# of the values, and twice that in backward: 12 n_layer T C. For 124M with T = 1,024 this makes 0.75
-# and 0.11 billion operations a token: most are spent on the weights.
+@torch.no_grad()
+def evaluate(model, windows, batch_size, autocast):
+    """The mean loss over all these windows, without dropout. no_grad: keep nothing for backward."""
+    model.eval()
+    device = model.token_embedding.device
+    total = 0.0
+    for inputs, targets in DataLoader(windows, batch_size):
+        with autocast:
+            loss = cross_entropy(model(inputs.to(device)), targets.to(device))
+        total += loss.item() * len(inputs)  # the last batch can be smaller
+    return total / len(windows)
+
+
+# Time. For each token, nearly every one of the P parameters takes part in a multiplication and an
+# addition: 2 operations. backward does that twice more, for the gradients of the weight and of its
+# input: 6 P in all. In each block, attention takes 2 T C operations for a token's scores, and 2 T C
+# for the mean of the values. backward takes twice their sum, 8 T C. That makes 12 T C in each
+# block. For 124M with T = 1,024, the parameters take 0.75 billion operations a token, and attention
+# in all 12 blocks takes 0.11 billion.
 #
-# Memory. A parameter takes 16 bytes: itself, its gradient, and AdamW's two numbers, 2 GB in all for
-# 124M. The rest is what forward keeps for backward, mostly in proportion to B T: the logits alone,
-# in float32, are 4 B T V bytes, 206 MB for a window of 1,024 tokens.
+# Memory. A parameter takes 16 bytes: 4 each for itself, its gradient, and AdamW's two numbers. For
+# 124M, that's 2 GB. What forward keeps for backward comes on top, mostly in proportion to B T. The
+# logits alone, in float32, take 4 B T V bytes: 206 MB for a window of 1,024 tokens. If memory is
+# short, lower --batch-size and raise --accumulate, or shorten --context.
+#
+# best.pt is the model with the lowest validation loss. checkpoint.pt is the latest model, with all
+# that --resume needs: AdamW's numbers, the scale factor, the step, the options, the log. So it's
+# three times as large as the weights. A resumed run may change every option except --context and
+# those that set the model's shape or vocabulary.
 def train(options, run=None):
-    """Train a GPT and return it. options: those of the command line (section 8); run: (model,
-    tokenizer, state) of resumed_run(), or None for a new run. A user's mistake is a UserError."""
-    device, dtype = choose_device(options)
-    set_up_cpu()
-    if run is None:
-        run = new_run(options)
-    model, tokenizer, state = run
-    place(model, device, torch.float32).train()
-    windows, validation = read_data(options, tokenizer, model)
+    """Train a GPT and return it. run: (model, tokenizer, training_state) of a run to continue.
+    Raises UserError for what the user can fix."""
+    device, dtype = choose_device(options, training=True)
+    speed_up_training()  # section 9
+    if run is None and RANK == 0:
+        check_folder(options.out)
+    data = read_data(options.data or STORY)
+    model, tokenizer, state = run or new_run(options, data)
+    windows, validation = make_windows(data, tokenizer, model.config, options)
+    model.to(device)
     optimizer = make_optimizer(model, options.weight_decay)
-    if state["optimizer"]:  # the means of a resumed run; settings may have changed since
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]})
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    if state["scaler"]:
-        scaler.load_state_dict(state["scaler"])
-    learner = nn.parallel.DistributedDataParallel(model) if WORLD_SIZE > 1 else model
-    if options.compile:
-        learner = torch.compile(learner)
-    windows_per_step = options.batch_size * options.accumulate * WORLD_SIZE
-    tokens = windows_per_step * windows.context_length  # in a step
-    out = Path(options.out)
-    log = open_log(out, state["step"]) if RANK == 0 else None
+    if state["optimizer"]:
+        optimizer.load_state_dict(state["optimizer"])
+        optimizer.param_groups[0]["weight_decay"] = options.weight_decay  # it may have changed
+    scaler.load_state_dict(state["scaler"] or scaler.state_dict())
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    learner = prepare(model, options)
+    checkpoint = Path(options.out, "checkpoint.pt")
+    if RANK == 0:
+        begin(options, state, model, tokenizer, windows)
 
     for step in range(state["step"] + 1, options.steps + 1):
         started = time.perf_counter()
-        batches = draw_batches(windows, step, options, model=model)
+        batches = draw_batches(windows, step, options, device)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, options)
-        loss, norm = training_step(
-            learner, batches, optimizer, scaler=scaler, autocast=autocast, clip=options.clip
-        )
-        # The scaler mends an infinite gradient by halving its number, in vain once that is below 1.
-        norm_is_fine = math.isfinite(norm) or (scaler.is_enabled() and scaler.get_scale() >= 1)
-        if not math.isfinite(loss) or not norm_is_fine:
-            raise UserError(f"step {step}: loss {loss}, gradient {norm}; lower --learning-rate")
+        model.train()  # dropout is on; its masks depend only on the seed, the step and the process
+        seed = np.random.default_rng((options.seed, step, RANK + 1)).integers(2**62)
+        torch.manual_seed(int(seed))
+        loss = training_step(learner, batches, optimizer, scaler, autocast, options.clip)
+
+        # The training part of a step ends here. Now the first process measures, shows and saves.
         if RANK > 0:
-            continue  # the first process does the rest; the others wait for it in their next step
+            continue  # in the next step, DDP waits for the first process
         seconds = time.perf_counter() - started
+        tokens = WORLD_SIZE * len(batches) * batches[0][0].numel()
         last = step == options.steps
         val_loss = None
-        if validation and (last or step % options.eval_every == 0):
-            val_loss = evaluate(model, validation, autocast)
-            if val_loss < state["best_val_loss"]:  # best on unseen text: before learning by heart
+        if len(validation) > 0 and (last or step % options.eval_every == 0):
+            val_loss = evaluate(model, validation, options.batch_size, autocast)
+            if val_loss < state["best_val_loss"]:
                 state["best_val_loss"] = val_loss
-                save_checkpoint(out / "best.pt", model, tokenizer)
-        report(log, options, step, loss=loss, val_loss=val_loss, tokens=tokens, seconds=seconds)
+                save_checkpoint(Path(options.out, "best.pt"), model, tokenizer)
+        state["step"] = step
+        report(options, state, loss, val_loss, seconds=seconds, tokens=tokens)
         if last or step % options.save_every == 0:
-            # best.pt is only a model; checkpoint.pt also has the state from which a run can go on.
-            state["optimizer"] = optimizer.state_dict()["state"]
+            state["optimizer"] = optimizer.state_dict()
             state["scaler"] = scaler.state_dict()
-            state.update(step=step, batch=windows_per_step, options=vars(options))
-            save_checkpoint(out / "checkpoint.pt", model, tokenizer, training_state=state)
-            model.eval()
+            save_checkpoint(checkpoint, model, tokenizer, state)
+            model.eval()  # dropout is off
             write_text(model, tokenizer, options.prompt, max_new_tokens=40, temperature=0)
-            model.train()
-    if RANK == 0:
-        close_log(log, options, state)
+        if last:
+            path = shlex.quote(str(checkpoint))
+            show(f"Try it: python gpt.py sample --checkpoint {path} --temperature 0")
+    if WORLD_SIZE > 1:
+        del learner  # before the group ends, or a process sometimes aborts
+        torch.distributed.destroy_process_group()
     return model.eval()
 
 
 # ==================================================================================================
 # 6 Decoding
-# Text drawn by the model's own probabilities has blunders in it: each of thousands of unfit tokens
-# is improbable, but together they are drawn now and then. Three settings help. Temperature divides
-# the logits. As p is proportional to exp(logit), it raises p to the power 1 / temperature: below 1
-# the probable becomes more probable, and 0 stands for taking the most probable token (greedy).
-# Top-k keeps the k most probable tokens (Fan et al. 2018, "Hierarchical Neural Story Generation").
-# Top-p keeps the most probable ones until their sum reaches p: few where the model is sure, many
-# where it is not (Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration"). What is
-# kept is divided by its sum. Temperature doesn't change which k tokens are the most probable, but
-# it does change the sums that top-p looks at. These should be sums of the probabilities by which
-# tokens are really drawn, so temperature comes first. For example:
+# If we always take the most probable token ("greedy"), the text soon runs in circles: after one
+# repetition, another is even more likely. If we draw each token with its probability, blunders
+# creep in: each of the thousands of unsuitable tokens is improbable, but one of them is drawn now
+# and then. Three settings offer a middle way (Holtzman et al. 2020, "The Curious Case of Neural
+# Text Degeneration").
+#
+# Temperature divides the logits. Since p is proportional to exp(logit), this raises p to the power
+# 1 / temperature. Below 1, the probable becomes more probable; 0 means greedy. Top-k keeps the k
+# most probable tokens (Fan et al. 2018, "Hierarchical Neural Story Generation"). Top-p keeps the
+# most probable tokens until their probabilities sum to p: few where the model is sure, many where
+# it isn't. The probabilities that are kept are divided by their sum.
+#
+# The order is temperature, top-k, top-p. Each starts from the probabilities that the one before has
+# left. So top-p adds up the probabilities that are really used for drawing, not those from before
+# temperature and top-k. For example:
+#
 #     four tokens have the probabilities            0.40  0.30  0.20  0.10
 #     temperature 0.5: squared, divided by 0.30     0.53  0.30  0.13  0.03
 #     top-k 3: the last is dropped                  0.55  0.31  0.14  0
 #     top-p 0.8: one is too few, two have 0.86      0.64  0.36  0     0
+@dataclass
+class SampleOptions(Options):
+    """The options of `sample`; from Python: sample(SampleOptions(prompt="Once", tokens=50))."""
+
+    checkpoint: str = option(None, "a model trained here [out/checkpoint.pt]")
+    tokens: int = option(100, "how many tokens to add at most", low=1)
+    temperature: float = option(0.8, "lower is safer, higher is wilder, 0 is greedy")
+    top_k: int = option(50, "draw from the k most probable tokens; 0: from all")
+    top_p: float = option(1.0, "draw from the most probable, which sum to p; 0: from all", high=1)
+    samples: int = option(1, "how many texts", low=1)
+    ignore_eos: bool = option(False, "continue after <|endoftext|>")
+
+
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draw the next token of each row: logits (B, V) -> int64 (B,). generator: a torch.Generator.
-    If several tokens tie at the k-th place, all of them are kept, as in OpenAI's src/sample.py."""
-    if not 0 <= temperature < math.inf:
-        raise UserError(f"temperature is {temperature}; it must be 0 or more")
-    if top_k is not None and top_k < 1:
-        raise UserError(f"top_k is {top_k}; it must be 1 or more")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top_p is {top_p}; it must be above 0 and at most 1")
-    if temperature < 1e-6:  # 0, or so near that a division by it might overflow
+    None or 0 turns top_k or top_p off. Ties at the k-th place are all kept, as in src/sample.py."""
+    if temperature < 1e-6:  # 0, or so near that the division might overflow
         return logits.argmax(dim=-1)
     logits = logits.float() / temperature  # (B, V)
-    if top_k is not None and top_k < logits.shape[-1]:
+    if top_k and top_k < logits.shape[-1]:
         kth_largest = logits.topk(top_k).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < kth_largest, -math.inf)
     probabilities = torch.softmax(logits, dim=-1)  # (B, V)
-    if top_p is not None and top_p < 1:
+    if top_p and top_p < 1:
         ordered, tokens = probabilities.sort(dim=-1, descending=True)
-        sum_before = ordered.cumsum(dim=-1) - ordered  # of all that are more probable
+        sum_before = ordered.cumsum(dim=-1) - ordered  # of all tokens that are more probable
         ordered = ordered.masked_fill(sum_before >= top_p, 0.0)
         probabilities = probabilities.scatter(-1, tokens, ordered)  # back to the tokens' places
+    # multinomial divides by the sum of what is left.
     return torch.multinomial(probabilities, num_samples=1, generator=generator).squeeze(-1)
 
 
-# A new token attends to the keys and values of all tokens before it. Thanks to the mask these don't
-# depend on later tokens, so they stay what they were: they are kept in a cache, and only the new
-# token, one row, goes through the blocks. A query is used once, by its own token, and is not kept.
-# The cache takes 2 n_layer C numbers a token: for 124M, in float32, 72 KiB, 72 MiB a full window.
+# A new token attends to the keys and values of all tokens before it. Thanks to the mask, these
+# don't depend on later tokens, so they never change, and a cache can keep them. Then only one row,
+# the new token's, goes through the blocks, and the result is the same as if everything were
+# recomputed. (A prompt goes through as a whole, so it still needs the mask.) Queries aren't kept: a
+# query is used once, by its own token. In 124M, a token's keys and values are 2 n_layer C numbers,
+# in float32 72 KiB. The buffers hold a full window, 72 MiB, from the start.
 #
-# Every new token needs every weight, read from memory for two operations with a single row. So the
-# speed of memory bounds decoding, and weights of half the size can double it. In training, a weight
-# that was read serves all B T rows of a batch: there the speed of arithmetic is the bound.
+# A new token uses every weight, and each weight is read from memory for one multiplication and one
+# addition. So memory speed limits decoding, and 16-bit weights can make it twice as fast. In
+# training, a weight once read serves all B T rows of a batch: there, arithmetic is the limit.
 class KVCache:
-    """The keys and values of `length` tokens, in buffers that are made once.
-    They are float32 beside 16-bit weights, too: they are few, and a CPU sums float32 faster."""
+    """The keys and values of the tokens read so far, for a batch of texts of the same length. GPT-2
+    has no padding token, so texts of different lengths are generated one by one."""
 
-    def __init__(self, config, batch_size, length=None, device=None):
-        room = length or config.context_length
-        shape = (config.n_layer, batch_size, config.n_head, room, config.n_embd // config.n_head)
-        self.keys = torch.empty(shape, dtype=torch.float32, device=device)
-        self.values = torch.empty(shape, dtype=torch.float32, device=device)
-        self.length = 0  # GPT.forward counts it up when all layers have added theirs
+    def __init__(self, config):
+        self.capacity = config.context_length
+        self.keys = [None] * config.n_layer  # for each block, (B, H, capacity, D)
+        self.values = [None] * config.n_layer
+        self.length = 0  # how many tokens it holds; GPT.forward keeps count
 
     def extend(self, layer, k, v):
-        """Append new keys and values (B, H, T, D) of a layer; returns all of them (B, H, S, D)."""
-        end = self.length + k.shape[2]
-        if end > self.keys.shape[3]:
-            raise UserError(f"{end} tokens don't fit a cache for {self.keys.shape[3]}")
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        """Append a block's new keys and values, (B, H, T, D); returns all of them, (B, H, S, D)."""
+        start = self.length
+        end = start + k.shape[2]
+        if start == 0:  # these first ones fix the batch size, the device and the dtype
+            B, H, _, D = k.shape
+            self.keys[layer] = k.new_empty(B, H, self.capacity, D)
+            self.values[layer] = v.new_empty(B, H, self.capacity, D)
+        self.keys[layer][:, :, start:end] = k
+        self.values[layer][:, :, start:end] = v
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
 
-# A full window has no position for one more token. If only its first token were dropped, all others
-# would move to new positions and need new keys and values, once for each new token. So the older
-# half is dropped, and the newer half, the new token included, is read afresh at positions 0, 1, ...
-# On average a token costs hardly more. [ a b c d e f g h ] + i becomes [ f g h i . . . . ].
+# A full window has no position for one more token. If we dropped just its first token, all others
+# would move to new positions and need new keys and values, again for every new token. So we keep
+# only the newest half window, the new token included, and read it again at positions 0, 1, ...
+#     [ a b c d e f g h ] + i   becomes   [ f g h i . . . . ]
+# With 1,024 positions, this happens about once in 512 tokens, and rereading 512 tokens in one pass
+# costs far less than the 512 passes of one token that follow. The model forgets what was dropped.
+@torch.no_grad()
 def generate(
     model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos=None, seed=None
 ):
     """Yield the next token of each row, int64 (B,), up to max_new_tokens times.
-    prompt: int64 (B, T), of which the newest context_length tokens are read. A row that has
-    produced eos, the end-of-text token, goes on with eos; when all rows have, generate ends.
-    Without a seed, the text is another one each time."""
+
+    prompt: int64 (B, T), of which the newest context_length tokens are read. Raises UserError if it
+    isn't such a tensor. A row that has produced eos, the end-of-text token, continues with eos;
+    when all rows have, generate ends. Without a seed, the text differs each time."""
+    if not isinstance(prompt, torch.Tensor) or prompt.dim() != 2 or prompt.numel() == 0:
+        given = getattr(prompt, "shape", type(prompt).__name__)
+        raise UserError(f"the prompt is {given}; it must be a non-empty tensor of tokens (B, T)")
     context_length = model.config.context_length
-    if prompt.dim() != 2 or prompt.numel() == 0:
-        raise UserError(f"the prompt is {tuple(prompt.shape)}; it must be (B, T), not empty")
     generator = torch.Generator(prompt.device)
-    generator.seed()  # at random
+    generator.seed()  # a random seed
     if seed is not None:
         generator.manual_seed(seed)
     window = prompt[:, -context_length:]  # (B, T)
-    room = min(context_length, window.shape[1] + max_new_tokens)
-    cache = KVCache(model.config, len(prompt), length=room, device=prompt.device)
+    cache = KVCache(model.config)
     ended = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
     for _ in range(max_new_tokens):
-        with torch.inference_mode():
-            if window.shape[1] > context_length:
-                window = window[:, -max(1, context_length // 2) :]
-                cache.length = 0
-            unread = window[:, cache.length :]  # the prompt at first, later the newest token
-            logits = model(unread, cache, last_only=True)[:, -1]  # (B, V)
-            if not logits.sum(dtype=torch.float32).isfinite():  # finite if all of them are
-                raise UserError("the model's logits are not finite: its weights are damaged")
-            token = sample_token(logits, temperature, top_k=top_k, top_p=top_p, generator=generator)
-            if eos is not None:
-                token = token.masked_fill(ended, eos)
-                ended = ended | (token == eos)
-            window = torch.cat([window, token.unsqueeze(1)], dim=1)
+        if window.shape[1] > context_length:
+            window = window[:, -max(1, context_length // 2) :]
+            cache.length = 0
+        unread = window[:, cache.length :]  # the prompt at first, later only the newest token
+        logits = model(unread, cache, last_only=True)[:, -1]  # (B, V)
+        token = sample_token(logits, temperature, top_k=top_k, top_p=top_p, generator=generator)
+        if eos is not None:
+            token = token.masked_fill(ended, eos)
+            ended = ended | (token == eos)
+        window = torch.cat([window, token.unsqueeze(1)], dim=1)
         yield token
         if ended.all():
             return
 
 
-# ==================================================================================================
-# 7 GPT-2 weights
-# OpenAI published GPT-2 as a checkpoint of TensorFlow. Its large file is nothing but the numbers of
-# all variables, float32, without a header or a gap, in the alphabetical order of their names:
-#     model/h0/attn/c_attn/b   model/h0/attn/c_attn/w   ...   model/h0/mlp/c_proj/w
-#     model/h1/...   model/h10/...   model/h11/...   model/h2/...   ...   model/h9/...
-#     model/ln_f/b   model/ln_f/g   model/wpe   model/wte
-# So block 1 stands between model/h0/mlp/c_proj/w and model/h10/attn/c_attn/b. There is nothing for
-# the output head, which is tied to model/wte. The file is mapped: tensors are views of it, and the
-# system reads a part from the disk when that is first used. Loading copies and computes nothing,
-# since OpenAI's matrices differ from ours only in how they are looked at:
-#     nn.Linear             x Wᵀ + b     with W (out, in)
-#     OpenAI's conv1d()     x w + b      with w (in, out)
-# So W is wᵀ, and .t() gives it without moving a number: a view with rows and columns exchanged.
-# c_attn is query, key and value side by side, each a third of the columns.
-GPT2_DATA = "model.ckpt.data-00000-of-00001"
-GPT2_LAYERS = {  # in each block: our name and OpenAI's
-    "attention.projection": "attn/c_proj",
-    "feed_forward.expand": "mlp/c_fc",
-    "feed_forward.projection": "mlp/c_proj",
-}
-
-
-def map_gpt2(path, config):
-    """{variable: tensor}, views of OpenAI's file. UserError if it hasn't the length that the shapes
-    of all variables give. The names are those above without "model/"; see src/model.py."""
-    C = config.n_embd
-    shapes = {"wte": (config.vocab_size, C), "wpe": (config.context_length, C)}
-    shapes |= {"ln_f/g": (C,), "ln_f/b": (C,)}  # g, the gain, is the weight of a LayerNorm
-    for n in range(config.n_layer):
-        shapes |= {f"h{n}/ln_1/g": (C,), f"h{n}/ln_1/b": (C,)}
-        shapes |= {f"h{n}/attn/c_attn/w": (C, 3 * C), f"h{n}/attn/c_attn/b": (3 * C,)}
-        shapes |= {f"h{n}/attn/c_proj/w": (C, C), f"h{n}/attn/c_proj/b": (C,)}
-        shapes |= {f"h{n}/ln_2/g": (C,), f"h{n}/ln_2/b": (C,)}
-        shapes |= {f"h{n}/mlp/c_fc/w": (C, 4 * C), f"h{n}/mlp/c_fc/b": (4 * C,)}
-        shapes |= {f"h{n}/mlp/c_proj/w": (4 * C, C), f"h{n}/mlp/c_proj/b": (C,)}
-    length = 4 * sum(math.prod(shape) for shape in shapes.values())  # in bytes
-    if path.stat().st_size != length:
-        raise UserError(f"{path} has {path.stat().st_size:,} bytes, not {length:,}; delete it")
-    numbers = torch.from_numpy(np.memmap(path, dtype="<f4", mode="c"))  # the file isn't changed
-    variables = {}
-    start = 0
-    for name, shape in sorted(shapes.items()):
-        variables[name] = numbers[start : start + math.prod(shape)].view(shape)
-        start += math.prod(shape)
-    return variables
-
-
-def load_gpt2(folder, **changes):
-    """OpenAI's GPT, from a folder with hparams.json and model.ckpt.data-00000-of-00001.
-    changes: fields of its GPTConfig to be replaced. A wrong file raises UserError."""
-    config = replace(read_hparams(Path(folder, "hparams.json")), **changes)
-    variables = map_gpt2(Path(folder, GPT2_DATA), config)
-    weights = {"token_embedding": variables["wte"], "position_embedding": variables["wpe"]}
-    weights |= {"final_norm.weight": variables["ln_f/g"], "final_norm.bias": variables["ln_f/b"]}
-    for n in range(config.n_layer):
-        w = variables[f"h{n}/attn/c_attn/w"].chunk(3, dim=1)  # (C, 3C) -> 3 of (C, C)
-        b = variables[f"h{n}/attn/c_attn/b"].chunk(3)
-        for i, name in enumerate(("query", "key", "value")):
-            weights[f"blocks.{n}.attention.{name}.weight"] = w[i].t()
-            weights[f"blocks.{n}.attention.{name}.bias"] = b[i]
-        for ours, theirs in GPT2_LAYERS.items():
-            weights[f"blocks.{n}.{ours}.weight"] = variables[f"h{n}/{theirs}/w"].t()
-            weights[f"blocks.{n}.{ours}.bias"] = variables[f"h{n}/{theirs}/b"]
-        for i in (1, 2):
-            weights[f"blocks.{n}.norm_{i}.weight"] = variables[f"h{n}/ln_{i}/g"]
-            weights[f"blocks.{n}.norm_{i}.bias"] = variables[f"h{n}/ln_{i}/b"]
-    with torch.device("meta"):
-        model = GPT(config)
-    model.load_state_dict(weights, assign=True)  # these tensors themselves, not copies
-    return model.eval()
-
-
-# ==================================================================================================
-# 8 Plumbing: files, devices, options
-STORY = str(Path(__file__).with_name("the-verdict.txt"))
-GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))  # RANK within its machine
-FORMAT = 2  # of checkpoints
-DEVICES = ["auto", "cpu", "cuda", "mps"]
-DTYPES = ["auto", "float32", "bfloat16", "float16"]
-SHAPE_OPTIONS = ["context_length", "n_layer", "n_head", "n_embd"]
-FIXED_OPTIONS = [*SHAPE_OPTIONS, "size", "gpt2", "gpt2_folder", "gpt2_url", "tokenizer", "dropout"]
-FIXED_OPTIONS += ["from_scratch", "seed"]  # what a resumed run has to keep
-M_TRIM_THRESHOLD = -1  # these two are from glibc's malloc.h
-M_MMAP_THRESHOLD = -3
-
-
-def show(line, end="\n"):
-    """Write a line to standard error. If it ends in a carriage return, the next line is written
-    over it: in a terminal it is cut to the width, and it is left out of a file."""
-    in_terminal = sys.stderr.isatty()
-    width = shutil.get_terminal_size().columns - 1 if in_terminal else 0
-    if end == "\r":
-        if not in_terminal:
-            return
-        line = line[:width]
-    print(line.ljust(width), end=end, file=sys.stderr, flush=True)
-
-
-def make_tokenizer(ranks):
-    """The tiktoken.Encoding of {token as bytes: number}, and of <|endoftext|> as one more."""
-    special = {END_OF_TEXT: len(ranks)}
-    return tiktoken.Encoding("gpt.py", pat_str=WORDS, mergeable_ranks=ranks, special_tokens=special)
-
-
-def save_checkpoint(path, model, tokenizer, training_state=None):
-    """Write a model with its tokenizer. If a kill or a full disk interrupts, the old file stays."""
-    tokens = [tokenizer.decode_single_token_bytes(n).hex() for n in range(tokenizer.eot_token)]
-    content = {"format": FORMAT, "config": asdict(model.config), "weights": model.state_dict()}
-    content |= {"tokenizer": " ".join(tokens), "training_state": training_state}
-    temporary = Path(f"{path}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())  # it must be on the disk before it gets its name
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"can't write {path} ({error}); what was there before still is") from error
-
-
-def load_checkpoint(path, mapped=True):
-    """(model, tokenizer, training_state or None); a damaged or foreign file is a UserError.
-    mapped: read its parts when they are used. Such a file must not be replaced meanwhile."""
-    if not os.path.isfile(path):
-        raise UserError(f"there is no file {path}; train a model first, or name another file")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # compares checksums, which torch.load doesn't do
-        content = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
-        if damaged or content["format"] != FORMAT:
-            raise ValueError(damaged or "another format")
-        config = content["config"]
-        weights = content["weights"]
-        tokens = content["tokenizer"].split()
-    except Exception as error:  # whatever zipfile and torch.load make of a wrong file
-        raise UserError(f"{path} is damaged, or no checkpoint of gpt.py ({error!r})") from error
-    with torch.device("meta"):
-        model = GPT(GPTConfig(**config))  # a bug in GPT is not the file's fault
-    try:
-        model.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
-        raise UserError(f"the weights in {path} don't fit its config ({error})") from error
-    ranks = {bytes.fromhex(token): rank for rank, token in enumerate(tokens)}
-    return model.eval(), make_tokenizer(ranks), content["training_state"]
-
-
-def read_hparams(path):
-    """The GPTConfig that OpenAI's hparams.json describes."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        shape = {name: found[name] for name in ("n_embd", "n_head", "n_layer")}
-        return GPTConfig(vocab_size=found["n_vocab"], context_length=found["n_ctx"], **shape)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not OpenAI's ({error!r}); delete it") from error
-
-
-def download_gpt2(size, folder, url):
-    """Fetch OpenAI's two files, unless they are in the folder. What isn't right is not kept."""
-    names = ("hparams.json", GPT2_DATA)
-    if all(Path(folder, name).exists() for name in names):
-        return
-    os.makedirs(folder, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as new:
-        try:
-            for name in names:
-                source = f"{url}/{size}/{name}"
-                show(f"downloading {source}")
-                bar = sys.stderr.isatty()
-                torch.hub.download_url_to_file(source, f"{new}/{name}", progress=bar)
-            load_gpt2(new)  # a UserError if they are not what they should be
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            raise UserError(f"{url}/{size}: {error}; check the address, or try again") from error
-        for name in names:
-            os.replace(f"{new}/{name}", Path(folder, name))
-
-
-def open_gpt2(options, **changes):
-    """OpenAI's model and tokenizer, downloaded if need be."""
-    tokenizer = load_tokenizer("gpt2")
-    folder = Path(options.gpt2_folder, options.gpt2)
-    download_gpt2(options.gpt2, folder, options.gpt2_url)
-    return load_gpt2(folder, **changes), tokenizer
-
-
-def choose_device(options):
-    """The (torch.device, torch.dtype) that --device and --dtype ask for."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    best = "cpu" if accelerator is None else accelerator.type
-    name = best if options.device == "auto" else options.device
-    if name not in ("cpu", best):
-        raise UserError(f"--device is {name}; this machine has only {best}")
-    dtype = torch.float32 if options.dtype == "auto" else getattr(torch, options.dtype)
-    if name == "cuda":
-        torch.cuda.set_device(LOCAL_RANK)
-        if options.dtype == "auto":
-            # Training wants bfloat16's range, sampling float16's digits for logits of -30 to -120.
-            has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-            trains = options.command == "train"
-            dtype = torch.bfloat16 if trains and has_bfloat16 else torch.float16
-    return torch.device(name), dtype
-
-
-def set_up_cpu():
-    """Make PyTorch quicker on a CPU; results change by rounding only. Call it before a model runs.
-    glibc, the C library, gives large buffers back to the system and fetches them anew in each step:
-    it is told to keep them. PyTorch has two libraries for products of float32, and takes the faster
-    one, oneDNN, only if rounding to bfloat16 is allowed. Most processors don't round even then; one
-    that does shows it in a product with the identity matrix, and is set back."""
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        mallopt = ctypes.CDLL(None).mallopt
-        # In bytes. An older glibc takes at most the first of these, and refuses the second.
-        mallopt(M_MMAP_THRESHOLD, 2**25)
-        mallopt(M_MMAP_THRESHOLD, 2**30)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    products = torch.backends.mkldnn.matmul
-    before = products.fp32_precision
-    products.fp32_precision = "bf16"
-    x = torch.rand(512, 512)
-    if not torch.equal(x @ torch.eye(512), x):
-        products.fp32_precision = before
-
-
-def attention_of_one(q, k, v):
-    """attention() of one query, T = 1. On a CPU, this is quicker than two products of matrices."""
-    scores = (q * k).sum(dim=-1) / math.sqrt(q.shape[-1])  # (B, H, S)
-    weights = torch.softmax(scores, dim=-1)  # it may see all tokens: no mask
-    return (weights.unsqueeze(-1) * v).sum(dim=-2, keepdim=True)  # (B, H, 1, D)
-
-
-class Linear(nn.Linear):
-    """PyTorch's nn.Linear, with its product by linear()."""
-
-    def forward(self, x):
-        return linear(x, self.weight, bias=self.bias)
-
-
-def linear(x, weight, bias=None):
-    """F.linear(), x Wᵀ + b, in ways that are quicker on many CPUs: (..., m) -> (..., n)."""
-    single = x.numel() == x.shape[-1]
-    if x.is_cpu and single and weight.dtype == torch.float32:
-        y = multiply_in_parts(x.flatten(), weight).view(*x.shape[:-1], -1)
-        return y if bias is None else y + bias
-    if x.is_cpu and not single and weight.dtype.itemsize == 2:
-        # Many CPUs are slow at products of 16-bit matrices. Making W float32 takes little time.
-        bias = None if bias is None else bias.float()
-        return F.linear(x.float(), weight.float(), bias).to(x.dtype)
-    return F.linear(x, weight, bias)
-
-
-def multiply_in_parts(x, weight):
-    """x Wᵀ for a single token, x (m,) -> (n,), with all cores at work.
-    Most of the time goes into reading W, and PyTorch may leave that to one core. So W is cut into a
-    part for each core, the way it lies in memory: row by row, or column by column as OpenAI's."""
-    n, m = weight.shape
-    cores = torch.get_num_threads()
-    if weight.is_contiguous():  # row by row: each core makes a part of the n results
-        size = n // cores
-        parts = weight[: cores * size].view(cores, size, m).transpose(1, 2)
-        y = torch.bmm(x.expand(cores, 1, m), parts).flatten()  # for each core, (1, m) @ (m, size)
-        if len(y) < n:
-            y = torch.cat([y, weight[len(y) :] @ x])  # the rows that are left over
-        return y
-    cores = math.gcd(cores, m)  # column by column: each core multiplies by a part of x
-    parts = weight.t().view(cores, m // cores, n)
-    y = torch.bmm(x.view(cores, 1, -1), parts)  # for each core, (1, m / cores) @ (m / cores, n)
-    return y.sum(dim=0).flatten()
-
-
-def place(model, device, dtype):
-    """Move a model, and lay its matrices row by row, as training and 16-bit products need them."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(device, dtype).contiguous()
-    return model
-
-
-def open_data(path):
-    """The text of a file, or the tokens of a .bin file, which is mapped and not read at once."""
-    try:
-        if path.endswith(".bin"):
-            return np.memmap(path, dtype="<u2", mode="r")
-        return Path(path).read_text(encoding="utf-8")
-    except ValueError as error:  # an incomplete letter or token
-        problem = f"{path} is neither a text in UTF-8 nor, as .bin, tokens of two bytes"
-        raise UserError(f"{problem} ({error}); convert it first") from error
-
-
-def read_data(options, tokenizer, model):
-    """The SlidingWindows to train on, and batches from the end of the data, for validation."""
-    tokens = open_data(options.data)
-    if isinstance(tokens, str):
-        tokens = tokenizer.encode_to_numpy(tokens, allowed_special="all")
-    val_count = int(len(tokens) * options.val_fraction)
-    count = len(tokens) - val_count
-    context = options.context_length or model.config.context_length
-    stride = options.stride or max(1, context * 3 // 4)
-    windows = SlidingWindows(tokens[:count], context, stride)
-    if len(windows) == 0:
-        raise UserError(f"{options.data} has {count} tokens to train on; it needs {context + 1}")
-    val_context = max(1, min(context, val_count - 1))  # a short text has one shorter window
-    val_stride = max(val_context, val_count // 64)  # no overlap, and at most about 64 windows
-    validation = SlidingWindows(tokens[count:], val_context, val_stride)
-    if RANK == 0:
-        size = sum(parameter.numel() for parameter in model.parameters())
-        show(f"{size:,} parameters learn from {len(windows):,} windows of {windows.context_length}")
-    numbers = range(len(validation))
-    return windows, read_batches(validation, numbers, options.batch_size, model=model)
-
-
-def read_batches(windows, numbers, batch_size, model):
-    """The windows with these numbers, as batches [(inputs, targets), ...], (B, T) each."""
-    device = model.token_embedding.device
-    batches = []
-    for start in range(0, len(numbers), batch_size):
-        pairs = [windows[int(number)] for number in numbers[start : start + batch_size]]
-        inputs, targets = default_collate(pairs)  # stacked
-        largest = max(inputs.max().item(), targets.max().item())
-        if largest >= model.config.vocab_size:
-            raise UserError(f"token {largest} of the data is not in the vocabulary of the model")
-        batches.append((inputs.to(device), targets.to(device)))
-    return batches
-
-
-@torch.no_grad()
-def evaluate(model, batches, autocast):
-    """The mean loss of all windows in these batches, without dropout."""
-    model.eval()
-    total = 0.0
-    for inputs, targets in batches:
-        with autocast:
-            total += cross_entropy(model(inputs), targets).item() * len(inputs)
-    model.train()
-    return total / sum(len(inputs) for inputs, _ in batches)
-
-
-def new_run(options):
-    """(model, tokenizer, state) of a run that begins, with a new model or with OpenAI's."""
-    if Path(options.out, "checkpoint.pt").exists():
-        raise UserError(f"{options.out} has a checkpoint.pt; add --resume, or choose another --out")
-    if Path(options.out, "best.pt").exists():  # of a run without a checkpoint
-        raise UserError(f"{options.out} has a best.pt; move it, or choose another --out")
-    state = {"step": 0, "best_val_loss": math.inf, "optimizer": {}, "scaler": {}}
-    fields = {"dropout": options.dropout, "fused": not options.from_scratch}
-    given = [name for name in SHAPE_OPTIONS if getattr(options, name) is not None]
-    shape = {name: getattr(options, name) for name in given}
-    if LOCAL_RANK > 0:  # the first process of each machine goes first: it may download
-        torch.distributed.barrier()
-    if options.gpt2:
-        if options.size or options.tokenizer or given not in ([], ["context_length"]):
-            raise UserError("--gpt2 has a shape: leave out --size, --n-layer, ..., --tokenizer")
-        model, tokenizer = open_gpt2(options, **fields)
-    else:
-        data = open_data(options.data)
-        text = data if isinstance(data, str) else None
-        tokenizer_name = options.tokenizer
-        if tokenizer_name is None and WORLD_SIZE > 1:
-            tokenizer_name = "gpt2"  # one that is offline would learn another
-        tokenizer = load_tokenizer(tokenizer_name, text)
-        config = SMALL_CONFIG if options.size in (None, "small") else GPT2_CONFIGS[options.size]
-        config = replace(config, vocab_size=tokenizer.n_vocab, **shape, **fields)
-        torch.manual_seed(options.seed)  # for the parameters
-        model = GPT(config)
-    if LOCAL_RANK == 0 and WORLD_SIZE > 1:
-        torch.distributed.barrier()
-    return model, tokenizer, state
-
-
-def resumed_run(out, parser, train_parser, argv):
-    """(options, run) of the run in a folder: its own options, those that are given again on top."""
-    path = Path(out, "checkpoint.pt")
-    model, tokenizer, state = load_checkpoint(path, mapped=False)  # since it will be replaced
-    if state is None:
-        raise UserError(f"{path} has a model only, no run to go on with")
-    saved = state["options"]
-    train_parser.set_defaults(**saved)
-    train_parser.set_defaults(out=out)  # the folder may have been moved
-    options = parser.parse_args(argv)
-    changed = [name for name in FIXED_OPTIONS if getattr(options, name) != saved[name]]
-    if changed:
-        raise UserError(f"a resumed run keeps its {', '.join(changed)}; leave that out")
-    if options.steps < state["step"]:
-        raise UserError(f"--steps is {options.steps}, but {state['step']} were taken already")
-    batch = options.batch_size * options.accumulate * WORLD_SIZE
-    if batch != state["batch"]:
-        product = "--batch-size x --accumulate x processes"
-        raise UserError(f"{product} is {batch}; it must stay {state['batch']}")
-    return options, (model, tokenizer, state)
-
-
-def open_log(out, step):
-    """out/log.csv, to be continued after the row of this step; later rows are cut off."""
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "log.csv"
-    rows = ["step,train_loss,val_loss,learning_rate,tokens_per_second\n"]
-    if step > 0 and path.exists():
-        rows = path.read_text().splitlines(keepends=True)[: step + 1]  # a header, then a row a step
-    Path(f"{path}.tmp").write_text("".join(rows))
-    os.replace(f"{path}.tmp", path)
-    return open(path, "a", buffering=1)  # line by line
-
-
-def close_log(log, options, state):
-    """Say at the end of a run where its models are, and what to try."""
-    log.close()
-    out = options.out
-    if state["best_val_loss"] < math.inf:
-        show(f"The model that did best on unseen text is {out}/best.pt.")
-    show(f"The last one is {out}/checkpoint.pt. Try it:")
-    show(f"    python gpt.py sample --checkpoint {out}/checkpoint.pt --temperature 0")
-
-
-def report(log, options, step, loss, val_loss, tokens, seconds):
-    """Log a step that took so many seconds, and show it: now and then, or in a terminal always."""
-    speed = tokens / seconds
-    val = "" if val_loss is None else f"{val_loss:.9g}"
-    log.write(f"{step},{loss:.9g},{val},{learning_rate(step, options):.9g},{speed:.0f}\n")
-    line = f"step {step}/{options.steps}  loss {loss:.3f}"
-    if val_loss is not None:
-        line += f"  val {val_loss:.3f}"
-    left = round(seconds * (options.steps - step))
-    line += f"  {speed:,.0f} tokens/s  {left // 60}:{left % 60:02} left"
-    saved = step % options.save_every == 0
-    stays = saved or step in (1, options.steps) or step % options.eval_every == 0
-    show(line, end="\n" if stays else "\r")
-
-
 def write_text(model, tokenizer, text, max_new_tokens, eos=None, **settings):
-    """Write a text and its continuation while it is generated; returns the number of tokens.
-    A letter of several bytes can be spread over tokens: it is held back until it is complete."""
-    prompt = tokenizer.encode(text, allowed_special="all") or [tokenizer.eot_token]
+    """Print a text and its continuation as it is generated; returns the number of new tokens. A
+    character of several bytes can be spread over several tokens. It's held back until complete:
+    decoded alone, each part would become a replacement character."""
+    prompt = encode(tokenizer, text, "the prompt").tolist() or [tokenizer.eot_token]
     prompt = torch.tensor([prompt], device=model.token_embedding.device)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    write = functools.partial(print, end="", flush=hasattr(sys.stdout, "flush"))
     count = 0
-    print(text, end="", flush=True)
+    write(text)
     for token in generate(model, prompt, max_new_tokens, eos=eos, **settings):
         if token.item() != eos:
-            piece = tokenizer.decode_single_token_bytes(token.item())
-            print(decoder.decode(piece), end="", flush=True)
+            write(decoder.decode(tokenizer.decode_single_token_bytes(token.item())))
             count += 1
-    print(decoder.decode(b"", final=True), flush=True)
+    write(decoder.decode(b"", final=True) + "\n")
     return count
 
 
 def sample(options):
-    """Continue a prompt, on standard output; the figures go to standard error."""
+    """Continue a prompt: the text goes to standard output, its speed to standard error."""
+    device, dtype = choose_device(options, training=False)
     if options.gpt2 and options.checkpoint:
-        raise UserError("leave out --gpt2 or --checkpoint: a sample is from one model")
+        raise UserError("--gpt2 and --checkpoint are two models: omit one of them")
     if options.gpt2:
         model, tokenizer = open_gpt2(options)
     else:
-        model, tokenizer, _ = load_checkpoint(options.checkpoint or "out/checkpoint.pt")
-    device, dtype = choose_device(options)
-    set_up_cpu()
-    if device.type != "cpu" or dtype != torch.float32:  # else the weights stay mapped
-        place(model, device, dtype)
-    text = sys.stdin.read() if options.prompt == "-" else options.prompt
+        path = options.checkpoint or "out/checkpoint.pt"
+        model, tokenizer, state = load_checkpoint(path)
+        if state:
+            show(f"{path}, after {state['step']} steps")
+    # A model with a padded vocabulary (section 1) has rows that belong to no token. We cut them
+    # off, so that none of them can be drawn.
+    model.token_embedding.data = model.token_embedding.data[: tokenizer.n_vocab]
+    model.to(device, dtype)
+    speed_up_decoding(model)  # section 9
+    text = options.prompt
+    if text == "-":
+        data = getattr(sys.stdin, "buffer", sys.stdin).read()
+        text = clean_text(data, "standard input").removesuffix("\n")
     settings = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
     settings["eos"] = None if options.ignore_eos else tokenizer.eot_token
     started = time.perf_counter()
@@ -1221,143 +1145,379 @@ def sample(options):
         if options.samples > 1:
             print(f"--- sample {index + 1} ---")
         seed = options.seed + index
-        count += write_text(
-            model, tokenizer, text, max_new_tokens=options.tokens, seed=seed, **settings
-        )
+        count += write_text(model, tokenizer, text, options.tokens, seed=seed, **settings)
     seconds = time.perf_counter() - started
     show(f"{count} tokens in {seconds:.2f} s: {count / seconds:.1f} tokens per second")
 
 
-def number(kind, low, high=1e18):
-    """The type of an option: an int or a float from low to high."""
-    name = "whole number" if kind is int else "number"
+# ==================================================================================================
+# 7 Weights
+# OpenAI published GPT-2 as a TensorFlow checkpoint. Its large file holds only the numbers of all
+# variables, in float32, without header or gap, in the alphabetical order of their names:
+#
+#     model/h0/attn/c_attn/b   model/h0/attn/c_attn/w   ...   model/h0/mlp/c_proj/w
+#     model/h1/...   model/h10/...   model/h11/...   model/h2/...   ...   model/h9/...
+#     model/ln_f/b   model/ln_f/g   model/wpe   model/wte
+#
+# So block 1 stands between model/h0/mlp/c_proj/w and model/h10/attn/c_attn/b. There is nothing for
+# the output head, which is tied to model/wte. (Copies of GPT-2 elsewhere also store the mask, as
+# attn.bias and attn.masked_bias. It isn't learned, so it can be dropped.)
+#
+# The file is mapped into memory: our parameters are views of it, read from disk on first use.
+# Nothing is copied or computed, since OpenAI's matrices differ only in how we look at them:
+#
+#     nn.Linear             x Wᵀ + b     with W (out, in)
+#     OpenAI's conv1d()     x w + b      with w (in, out)
+#
+# So W is wᵀ, and .t() gives it without moving a number: a view with rows and columns exchanged. In
+# c_attn, query, key and value stand side by side: each takes a third of w's columns, which are W's
+# rows. The two embeddings are tables like ours, and stay as they are.
+GPT2_FILE = "model.ckpt.data-00000-of-00001"
+GPT2_NAMES = {  # OpenAI's name and ours, in each block
+    "ln_1": ["norm_1"],
+    "attn/c_attn": ["attention.query", "attention.key", "attention.value"],
+    "attn/c_proj": ["attention.projection"],
+    "ln_2": ["norm_2"],
+    "mlp/c_fc": ["feed_forward.expand"],
+    "mlp/c_proj": ["feed_forward.projection"],
+}
 
-    def convert(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not a {name} from {low:g} to {high:g}")
-        return value
 
-    return convert
+def load_gpt2(path, config, **changes):
+    """OpenAI's GPT, from its file. changes: config fields to replace. Raises UserError if the
+    file's length doesn't match the config. Names (without "model/"): src/model.py."""
+    config = replace(config, **changes)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
+    found = os.path.getsize(path)
+    expected = 4 * sum(shape.numel() for shape in shapes.values())  # in bytes
+    if found != expected:
+        advice = "it is incomplete (curl -C - continues a download), or of another size"
+        raise UserError(f"{path} has {found:,} bytes, not {expected:,}; {advice}")
+    names = {"wte": ["token_embedding"], "wpe": ["position_embedding"]}
+    names |= {"ln_f/g": ["final_norm.weight"], "ln_f/b": ["final_norm.bias"]}
+    for n in range(config.n_layer):
+        for theirs, ours in GPT2_NAMES.items():
+            letter = "g" if theirs.startswith("ln") else "w"  # g, the gain, is a LayerNorm's weight
+            names[f"h{n}/{theirs}/{letter}"] = [f"blocks.{n}.{name}.weight" for name in ours]
+            names[f"h{n}/{theirs}/b"] = [f"blocks.{n}.{name}.bias" for name in ours]
+    # Mode c, copy on write: training changes the memory, never the file.
+    numbers = torch.from_numpy(np.memmap(path, dtype="<f4", mode="c"))
+    weights = {}
+    for theirs, ours in sorted(names.items()):
+        shape = shapes[ours[0]]
+        variable, numbers = numbers.tensor_split([len(ours) * shape.numel()])
+        if theirs.endswith("/w"):
+            variable = variable.view(shape[1], -1).t()  # (in, out) -> (out, in)
+        for name, part in zip(ours, variable.chunk(len(ours))):
+            weights[name] = part if theirs.endswith("/w") else part.view(shape)
+    return model_from(config, weights)
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser that tells a mistake in one line, without the usage."""
+def model_from(config, weights):
+    """A GPT whose parameters are these tensors themselves, not copies."""
+    with torch.device("meta"):
+        model = GPT(config)
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
 
-    def error(self, message):
-        fail(message)
+
+def open_gpt2(options, **changes):
+    """OpenAI's model and tokenizer, downloaded if missing. changes: as in load_gpt2()."""
+    tokenizer = load_tokenizer("gpt2")
+    config = replace(GPT2_CONFIGS[options.gpt2], **changes)
+    path = Path(options.gpt2_folder, GPT2_FILE)
+    if not path.exists():
+        path = Path(options.gpt2_folder, options.gpt2, GPT2_FILE)
+    if not path.exists():
+        url = f"{options.gpt2_url}/{options.gpt2}/{GPT2_FILE}"
+        print(f"downloading {url}", file=sys.stderr)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            new = Path(folder, GPT2_FILE)
+            try:
+                torch.hub.download_url_to_file(url, str(new))
+                load_gpt2(new, config)  # is it complete?
+            except Exception as error:  # a network has many ways to fail
+                advice = "check --gpt2-url, which begins with https://, or try again"
+                raise UserError(f"can't download {url} ({error}); {advice}") from error
+            os.replace(new, path)  # the file gets its name only when it is complete
+    return load_gpt2(path, config), tokenizer
 
 
-def make_parsers():
-    """The parser of the command line, and the part of it that is for `train`."""
-    parser = Parser("gpt.py", description="Train a GPT, or let it write.", allow_abbrev=False)
+# ==================================================================================================
+# 8 Plumbing
+FORMAT = 3  # of checkpoints
+
+
+def save_checkpoint(path, model, tokenizer, training_state=None):
+    """Write a model and its tokenizer. If the process is killed, or if the disk is full, the old
+    file survives."""
+    # Copies, because torch.save would store all of OpenAI's file for a parameter that is a view of
+    # it.
+    weights = {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
+    content = {
+        "format": FORMAT,
+        "config": asdict(model.config) | {"by_hand": False},  # not a property of the weights
+        "weights": weights,
+        "vocabulary": [tokenizer.decode_single_token_bytes(n) for n in range(tokenizer.eot_token)],
+        "training_state": training_state,
+    }
+    temporary = Path(f"{path}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())  # it must be on the disk before it gets its name
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"can't write {path} ({error}); what was there is unchanged") from error
+
+
+def load_checkpoint(path, mapped=True, **changes):
+    """(model, tokenizer, training_state or None). changes: config fields to replace. mapped: read
+    on demand, so don't replace the file meanwhile. Raises UserError if the file is damaged or
+    foreign. Code hidden in the file is never run."""
+    if os.path.isdir(path):
+        path = Path(path, "checkpoint.pt")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # compares checksums, which torch.load doesn't do
+        content = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+        if damaged or content["format"] != FORMAT:
+            raise ValueError(damaged)
+        config = GPTConfig(**content["config"] | changes)
+        ranks = {token: rank for rank, token in enumerate(content["vocabulary"])}
+    except Exception as error:  # zipfile and PyTorch have many names for a wrong file
+        problem = f"{path} is missing, damaged, or not a checkpoint of this gpt.py"
+        raise UserError(f"{problem} ({type(error).__name__})") from error
+    model = model_from(config, content["weights"])  # a bug in GPT keeps its traceback
+    return model, make_tokenizer(ranks), content["training_state"]
+
+
+def choose_device(options, training):
+    """The (torch.device, torch.dtype) that --device and --dtype ask for."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    best = "cpu" if accelerator is None else accelerator.type
+    name = best if options.device == "auto" else options.device
+    if name not in ("cpu", best):
+        raise UserError(f"--device is {name}, but this machine has only {best}")
+    if name == "cuda":
+        torch.cuda.set_device(LOCAL_RANK)
+    dtype = options.dtype
+    if dtype == "auto":
+        dtype = "float16" if name == "cuda" else "float32"
+        if name == "cuda" and training and torch.cuda.is_bf16_supported(including_emulation=False):
+            dtype = "bfloat16"
+    return torch.device(name), getattr(torch, dtype)
+
+
+def check_folder(out):
+    """Raise UserError if the folder of a new run already holds a run, or can't be written to."""
+    for name in ("checkpoint.pt", "best.pt", "log.csv"):
+        if Path(out, name).exists():
+            advice = "add --resume to continue it, or name another --out"
+            raise UserError(f"{out} already holds a run ({name}); {advice}")
+    if os.path.exists(out) and not (os.path.isdir(out) and os.access(out, os.W_OK)):
+        raise UserError(f"--out {out} isn't a folder that can be written to; name another one")
+
+
+def new_run(options, data):
+    """(model, tokenizer, training_state) of a new run, with a new model or OpenAI's."""
+    if options.gpt2:
+        model, tokenizer = open_gpt2(options, dropout=options.dropout, by_hand=options.by_hand)
+    else:
+        # With several processes, one that is offline must not learn a vocabulary of its own.
+        name = options.tokenizer or ("gpt2" if WORLD_SIZE > 1 else None)
+        tokenizer = load_tokenizer(name, data if isinstance(data, str) else None)
+        config = GPT2_CONFIGS.get(options.size, SMALL_CONFIG)
+        shape = {"context_length": options.context, "n_embd": options.n_embd}
+        shape |= {"n_head": options.n_head, "n_layer": options.n_layer, "dropout": options.dropout}
+        given = {name: value for name, value in shape.items() if value is not None}
+        config = replace(config, vocab_size=tokenizer.n_vocab, by_hand=options.by_hand, **given)
+        torch.manual_seed(options.seed)  # for the parameters
+        model = GPT(config)
+    state = dict.fromkeys(("windows", "optimizer", "scaler"))  # None at first
+    return model, tokenizer, state | {"step": 0, "best_val_loss": math.inf, "log": []}
+
+
+def resume(out="out", **given):
+    """Continue the run in a folder, with its own options except for those given; returns the model.
+    Raises UserError for options that would change the model."""
+    path = Path(out, "checkpoint.pt").expanduser()
+    # Not mapped, because this run will replace the file.
+    model, tokenizer, state = load_checkpoint(path, mapped=False)
+    if state is None:
+        raise UserError(f"{path} is only a model; there is no run to continue")
+    saved = TrainOptions(**state["options"])
+    options = replace(saved, out=out, **given)
+    for name in ("gpt2", "size", "tokenizer", "context", "n_layer", "n_head", "n_embd"):
+        if getattr(options, name) != getattr(saved, name):
+            raise UserError(f"a resumed run keeps its model: omit --{name.replace('_', '-')}")
+    if options.steps <= state["step"]:
+        raise UserError(f"{path} has taken all {state['step']} steps; give it more with --steps")
+    config = replace(model.config, dropout=options.dropout, by_hand=options.by_hand)
+    return train(options, (model_from(config, model.state_dict()), tokenizer, state))
+
+
+def begin(options, state, model, tokenizer, windows):
+    """Show what is trained, and rewrite log.csv from the rows stored in the checkpoint. A new run
+    gets a checkpoint at once, so that --resume always works."""
+    size = sum(parameter.numel() for parameter in model.parameters())
+    show(f"{size:,} parameters learn from {len(windows):,} windows of {windows.context_length}")
+    if state["windows"] not in (None, len(windows)):
+        show(f"(There were {state['windows']:,} before: the data or an option has changed.)")
+    state["windows"] = len(windows)
+    state["options"] = asdict(options)
+    if state["step"] == 0:
+        save_checkpoint(Path(options.out, "checkpoint.pt"), model, tokenizer, state)
+    rows = ["step,train_loss,val_loss,learning_rate,tokens_per_second", *state["log"]]
+    Path(options.out, "log.csv").write_text("\n".join(rows) + "\n")
+
+
+def report(options, state, loss, val_loss, seconds, tokens):
+    """Log and show a step that took this many seconds for this many tokens."""
+    step = state["step"]
+    speed = tokens / seconds
+    val = "" if val_loss is None else f"{val_loss:.9g}"
+    row = f"{step},{loss:.9g},{val},{learning_rate(step, options):.9g},{speed:.0f}"
+    state["log"].append(row)
+    with open(Path(options.out, "log.csv"), "a") as log:
+        log.write(f"{row}\n")
+    line = f"step {step}/{options.steps}  loss {loss:.3f}"
+    if val_loss is not None:
+        line += f"  val {val_loss:.3f}"
+    left = round(seconds * (options.steps - step))
+    keep = val_loss is not None or step in (1, options.steps) or step % options.save_every == 0
+    show(f"{line}  {speed:,.0f} tokens/s  {left // 60}:{left % 60:02} left", keep=keep)
+
+
+def show(line, keep=True):
+    """Write a line to standard error; without keep, only in a terminal, to be overwritten."""
+    in_terminal = hasattr(sys.stderr, "isatty") and sys.stderr.isatty()
+    if keep or in_terminal:
+        line = f"{line:79}" if in_terminal else line
+        flush = hasattr(sys.stderr, "flush")
+        print(line, end="\n" if keep else "\r", file=sys.stderr, flush=flush)
+
+
+USAGE = """gpt.py train|sample [options]; add --help to either to see its options
+       --data takes one file: join several with cat a.txt b.txt > c.txt
+       a value that begins with - needs =, as in --prompt=-x
+       in a notebook: gpt.main(["train", "--steps", "100"])"""
+
+
+def make_parser():
+    """The command line's parser. Its result holds only the options that were typed."""
+    parser = argparse.ArgumentParser("gpt.py", usage=USAGE)
     commands = parser.add_subparsers(dest="command", required=True)
-    train_parser = commands.add_parser("train", help="train a GPT", allow_abbrev=False)
-    sample_parser = commands.add_parser("sample", help="continue a text", allow_abbrev=False)
-    count = number(int, 1)
-    fraction = number(float, 0, 0.99)
-    int_from_0 = number(int, 0)
-    float_from_0 = number(float, 0)
-    above_0 = number(float, 1e-9)
-    probability = number(float, 1e-9, 1)
-
-    add = train_parser.add_argument_group("data").add_argument
-    add("--data", type=os.path.abspath, default=STORY, help="UTF-8 text, or .bin: uint16 tokens")
-    add("--val-fraction", type=fraction, default=0.1, help="share for validation [%(default)s]")
-    add("--tokenizer", help="gpt2, or N: learn N tokens from the data [gpt2, offline 1024]")
-    add("--stride", type=count, help="tokens from window to window [3/4 of the context]")
-    add = train_parser.add_argument_group("model").add_argument
-    add("--size", choices=["small", *GPT2_CONFIGS], help="a new model's shape [small]")
-    add("--context", dest="context_length", type=count, help="tokens a window [the size's]")
-    add("--n-layer", type=count, help="blocks [the size's]")
-    add("--n-head", type=count, help="attention heads [the size's]")
-    add("--n-embd", type=count, help="channels [the size's]")
-    add("--dropout", type=fraction, default=0.0, help="share of numbers set to 0 [%(default)s]")
-    add("--from-scratch", action="store_true", help="compute by the hand-written lines")
-    add = train_parser.add_argument_group("training").add_argument
-    add("--steps", type=count, default=260, help="optimizer steps in all [%(default)s]")
-    add("--batch-size", type=count, default=4, help="windows read at once [%(default)s]")
-    add("--accumulate", type=count, default=1, help="micro-batches a step [%(default)s]")
-    add("--learning-rate", type=float_from_0, default=1.2e-3, help="highest value [%(default)s]")
-    add("--warmup", type=int_from_0, default=30, help="steps until it is reached [%(default)s]")
-    add("--weight-decay", type=float_from_0, default=0.1, help="pull of weights to 0 [%(default)s]")
-    add("--clip", type=above_0, default=1.0, help="longest gradient let through [%(default)s]")
-    switch = argparse.BooleanOptionalAction
-    add("--compile", action=switch, default=False, help="a slow start, then faster steps")
-    add = train_parser.add_argument_group("output").add_argument
-    add("--out", default="out", help="folder for checkpoints and log.csv [%(default)s]")
-    add("--resume", action="store_true", help="go on from the checkpoint in that folder")
-    add("--eval-every", type=count, default=20, help="steps between validations [%(default)s]")
-    add("--save-every", type=count, default=100, help="steps between checkpoints [%(default)s]")
-    add = sample_parser.add_argument_group("text").add_argument
-    add("--checkpoint", help="a model that was trained here [out/checkpoint.pt]")
-    add("--tokens", type=count, default=100, help="the most to be added [%(default)s]")
-    add("--temperature", type=float_from_0, default=0.8, help="0 is greedy [%(default)s]")
-    add("--top-k", type=count, default=50, help="keep the k most probable [%(default)s]")
-    add("--top-p", type=probability, default=1.0, help="keep the best of sum p [%(default)s]")
-    add("--samples", type=count, default=1, help="how many texts [%(default)s]")
-    add("--ignore-eos", action="store_true", help="go on behind <|endoftext|>")
-    for command in (train_parser, sample_parser):
-        add = command.add_argument_group("GPT-2").add_argument
-        add("--gpt2", choices=[*GPT2_CONFIGS], help="take OpenAI's weights of this size")
-        add("--gpt2-folder", default="gpt2", help="where they are kept [%(default)s]")
-        add("--gpt2-url", default=GPT2_URL, help="where they come from [OpenAI's server]")
-        add = command.add_argument_group("other").add_argument
-        add("--prompt", default="I HAD always thought", help="to continue (sample: - is stdin)")
-        add("--seed", type=int_from_0, default=1, help="for all that is random [%(default)s]")
-        add("--device", choices=DEVICES, default="auto", help="where to compute [the fastest]")
-        add("--dtype", choices=DTYPES, default="auto", help="[16 bits on cuda, else float32]")
-    return parser, train_parser
-
-
-def run_training(options, parser, train_parser, argv):
-    """`train`, in one process or in one of several."""
-    earlier = None
-    if options.resume:
-        options, earlier = resumed_run(options.out, parser, train_parser=train_parser, argv=argv)
-    if WORLD_SIZE > 1:  # the others may wait long for the first process, which saves
-        torch.distributed.init_process_group(timeout=datetime.timedelta(days=1))
-    train(options, earlier)
-    if WORLD_SIZE > 1:
-        torch.distributed.barrier()
-        gc.collect()  # DistributedDataParallel has to go before the group, or may abort at exit
-        torch.distributed.destroy_process_group()
-
-
-def fail(message, status=2):
-    """End with one line on standard error, over one that was to be overwritten."""
-    show("", end="\r")
-    print("gpt.py: error:", " ".join(str(message).split()), file=sys.stderr)
-    raise SystemExit(status)
+    for name, options in (("train", TrainOptions), ("sample", SampleOptions)):
+        command = commands.add_parser(name, prog="gpt.py", usage=USAGE, allow_abbrev=False)
+        for item in fields(options):
+            flag = "--" + item.name.replace("_", "-")
+            action = argparse.BooleanOptionalAction if item.type is bool else "store"
+            text = item.metadata["help"]
+            if "choices" in item.metadata["limits"]:
+                text += f" ({', '.join(item.metadata['limits']['choices'])})"
+            if item.default not in (None, False):
+                text += f" [{item.default}]"
+            command.add_argument(flag, action=action, default=argparse.SUPPRESS, help=text)
+    text = "continue the run in --out with its own options, except for those given"
+    commands.choices["train"].add_argument("--resume", action="store_true", help=text)
+    return parser
 
 
 def main(argv=None):
-    """Run a command; SystemExit with status 2 and one line for a mistake that the user can mend."""
+    """Run a command. An error the user can fix ends with one line and SystemExit(2)."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # to UTF-8, whatever the system's code page
             stream.reconfigure(encoding="utf-8", errors="replace")
+    given = vars(make_parser().parse_args(argv))
+    command = given.pop("command")
     try:
-        parser, train_parser = make_parsers()
-        options = parser.parse_args(argv)
-        if options.command == "sample":
-            sample(options)
-        else:
-            run_training(options, parser, train_parser=train_parser, argv=argv)
+        if command == "sample":
+            return sample(SampleOptions(**given))
+        if given.pop("resume"):
+            return resume(**given)
+        return train(TrainOptions(**given))
     except BrokenPipeError:
-        # Nobody reads our output any more, as after `| head`. What Python still has goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Nobody reads our output any more, as after `| head`. Discard what Python has buffered.
+        return os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        fail("stopped; with --resume a training goes on from its last checkpoint", status=130)
-    except (UserError, OSError) as error:
-        fail(error)
-    except (RuntimeError, MemoryError) as error:
-        known = "out of memory|not enough memory|allocate|size calculation overflowed"
-        if not isinstance(error, MemoryError) and not re.search(known, str(error)):
-            raise
-        fail(f"the memory is too small ({error}); take a smaller model, context or batch")
+        message = "stopped"
+        status = 130
+        path = Path(given.get("out", "out"), "checkpoint.pt").expanduser()
+        if command == "train" and path.exists():
+            message += "; --resume continues from the last checkpoint"
+    except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        message = " ".join(str(error).split()) or "out of memory"
+        status = 2
+    show(f"gpt.py: error: {message}")
+    raise SystemExit(status)
+
+
+# ==================================================================================================
+# 9 Faster on a CPU
+# You can delete all this, and the two lines that call speed_up functions: results then differ only
+# by rounding.
+def speed_up_training():
+    """glibc, the C library, returns large buffers to the system, and each step has to fetch them
+    again. So we tell glibc to keep them. For float32 products, PyTorch has two libraries. It uses
+    oneDNN, the faster one, only if we allow oneDNN to round to bfloat16. On most processors, oneDNN
+    computes in float32 all the same. To be sure, we multiply by the identity matrix: if that
+    changes a number, it was rounded, and we undo the setting."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 2**25)  # -3: M_MMAP_THRESHOLD in malloc.h; an older glibc takes no more
+        mallopt(-3, 2**30)  # more, if it is allowed
+        mallopt(-1, 2**31 - 1)  # -1: M_TRIM_THRESHOLD
+    products = torch.backends.mkldnn.matmul
+    before = products.fp32_precision
+    products.fp32_precision = "bf16"
+    x = torch.rand(512, 512)
+    if not torch.equal(x @ torch.eye(512), x):
+        products.fp32_precision = before
+
+
+def speed_up_decoding(model):
+    """Replace a model's matrix products on a CPU. Matrices may have 16 bits, but the numbers that
+    flow between them are float32, because a CPU is slow at 16-bit attention."""
+    if model.token_embedding.device.type != "cpu":
+        return
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != torch.float32:
+            parameter.data = parameter.data.contiguous()  # OpenAI's matrices lie column by column
+            if "norm" in name or "position" in name:
+                parameter.data = parameter.data.float()
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.forward = functools.partial(multiply, layer.weight, layer.bias)
+    model.head = functools.partial(multiply, model.token_embedding, None)
+
+
+def multiply(weight, bias, x):
+    """x Wᵀ + b, (..., m) -> (..., n), in the way that is fastest on a CPU."""
+    if x.numel() > x.shape[-1]:  # many tokens: in float32, converting W if needed
+        return F.linear(x, weight.float(), None if bias is None else bias.float())
+    if weight.dtype != torch.float32:
+        return F.linear(x.to(weight.dtype), weight, bias).float()
+    # One token: most of the time goes into reading W, which PyTorch may leave to one core. So each
+    # core gets a part of W: rows or columns, depending on how W lies in memory.
+    n, m = weight.shape
+    cores = torch.get_num_threads()
+    if weight.is_contiguous():  # row by row: each core makes a part of the n results
+        size = n // cores
+        parts = weight[: cores * size].view(cores, size, m).transpose(1, 2)
+        y = torch.bmm(x.expand(cores, 1, m), parts).flatten()  # for each core, (1, m) @ (m, size)
+        y = torch.cat([y, weight[cores * size :] @ x.flatten()])  # the few rows left over
+    else:  # column by column, as in OpenAI's file: each core multiplies by a part of x
+        cores = math.gcd(cores, m)
+        parts = weight.t().view(cores, m // cores, n)
+        y = torch.bmm(x.view(cores, 1, -1), parts).sum(dim=0)  # (1, m / cores) @ (m / cores, n)
+    y = y.view(*x.shape[:-1], n)
+    return y if bias is None else y + bias
 
 
 if __name__ == "__main__":
