@@ -151,7 +151,8 @@ class Options:
         self.prompt = clean_text(self.prompt, "--prompt")
         for item in fields(self):
             value = getattr(self, item.name)
-            if value is None or item.type is bool or item.name == "prompt":
+            not_given = value is None and item.default is None
+            if not_given or item.type is bool or item.name == "prompt":
                 continue
             name = "--" + item.name.replace("_", "-")
             value = check(name, value, item.type, **item.metadata["limits"])
@@ -294,23 +295,24 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, cache=None):
         # (B, T, C) -> (B, T, H, D) -> (B, H, T, D). A token's C numbers lie side by side in memory,
         # head after head, so a view straight to (B, H, T, D) would mix up tokens.
-        shape = (self.config.n_head, -1)
-        q = self.query(x).unflatten(-1, shape).transpose(1, 2)
-        k = self.key(x).unflatten(-1, shape).transpose(1, 2)
-        v = self.value(x).unflatten(-1, shape).transpose(1, 2)
+        B, T, C = x.shape
+        H = self.config.n_head
+        q = self.query(x).view(B, T, H, C // H).transpose(1, 2)
+        k = self.key(x).view(B, T, H, C // H).transpose(1, 2)
+        v = self.value(x).view(B, T, H, C // H).transpose(1, 2)
         if cache is not None:  # add the keys and values of earlier tokens (section 6)
             k, v = cache.extend(self.layer, k, v)  # (B, H, T, D) -> (B, H, S, D)
         dropout = self.config.dropout if self.training else 0.0
         if self.config.by_hand:
             y = attention(q, k, v, dropout)
         else:
-            # is_causal lets query i see keys 0 to i. That is right for a text, or a prompt. A
-            # single new token that follows a cache may see all S keys, and needs no mask.
-            causal = q.shape[2] > 1
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
+            # is_causal lets query i see keys 0 to i, which is right for a text or a prompt. A
+            # single new token may see all S keys, and needs no mask. (GPT.forward refuses anything
+            # else.)
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
         # -> (B, T, H, D) -> (B, T, C). After the transpose, the numbers are out of order in memory,
-        # and flatten copies them. (Others write .contiguous().view(B, T, C).)
-        y = y.transpose(1, 2).flatten(start_dim=2)
+        # and reshape copies them. (Others write .contiguous().view(B, T, C).)
+        y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.projection(y), self.config.dropout, training=self.training)
 
 
@@ -583,9 +585,8 @@ def load_tokenizer(name=None, text=None):
         name = 1024
     if text is None:
         raise UserError(f"--tokenizer is {name}; the tokens of a .bin file need gpt2")
-    return make_tokenizer(
-        train_bpe(text, check("--tokenizer (unless gpt2)", name, int, low=257) - 1)
-    )
+    size = check("--tokenizer (unless gpt2)", name, int, low=257)
+    return make_tokenizer(train_bpe(text, size - 1))  # one number is left for <|endoftext|>
 
 
 def encode(tokenizer, text, source):
@@ -844,23 +845,24 @@ def training_step(model, batches, optimizer, scaler, autocast, clip):
     also does so if the gradient isn't."""
     total = 0.0
     for number, (inputs, targets) in enumerate(batches, start=1):
-        model.require_backward_grad_sync = number == len(batches)  # DDP averages only then
+        if WORLD_SIZE > 1:
+            model.require_backward_grad_sync = number == len(batches)  # DDP averages only then
         with autocast:
             loss = cross_entropy(model(inputs), targets) / len(batches)
         scaler.scale(loss).backward()
         total += loss.detach()
     if WORLD_SIZE > 1:
         torch.distributed.all_reduce(total)  # the sum over all processes
-    total = total.item() / WORLD_SIZE
+    mean = total.item() / WORLD_SIZE
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip).item()
-    if not math.isfinite(total) or not (math.isfinite(norm) or scaler.is_enabled()):
-        problem = f"training diverged: the loss is {total}, the norm of its gradient {norm}"
+    if not math.isfinite(mean) or not (math.isfinite(norm) or scaler.is_enabled()):
+        problem = f"training diverged: the loss is {mean}, the norm of its gradient {norm}"
         raise UserError(f"{problem}; use --resume with a lower --learning-rate")
     scaler.step(optimizer)  # after an overflow, it skips the step
     scaler.update()
     optimizer.zero_grad()
-    return total
+    return mean
 
 
 def draw_batches(windows, step, options, device):
@@ -1102,8 +1104,10 @@ def write_text(model, tokenizer, text, max_new_tokens, eos=None, **settings):
     """Print a text and its continuation as it is generated; returns the number of new tokens. A
     character of several bytes can be spread over several tokens. It's held back until complete:
     decoded alone, each part would become a replacement character."""
-    prompt = encode(tokenizer, text, "the prompt").tolist() or [tokenizer.eot_token]
-    prompt = torch.tensor([prompt], device=model.token_embedding.device)
+    tokens = encode(tokenizer, text, "the prompt").tolist()
+    if not tokens:
+        tokens = [tokenizer.eot_token]
+    prompt = torch.tensor([tokens], device=model.token_embedding.device)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     write = functools.partial(print, end="", flush=hasattr(sys.stdout, "flush"))
     count = 0
@@ -1204,13 +1208,18 @@ def load_gpt2(path, config, **changes):
     # Mode c, copy on write: training changes the memory, never the file.
     numbers = torch.from_numpy(np.memmap(path, dtype="<f4", mode="c"))
     weights = {}
+    position = 0
     for theirs, ours in sorted(names.items()):
-        shape = shapes[ours[0]]
-        variable, numbers = numbers.tensor_split([len(ours) * shape.numel()])
+        rows, *columns = shapes[ours[0]]
+        end = position + len(ours) * shapes[ours[0]].numel()
+        variable = numbers[position:end]
+        position = end
         if theirs.endswith("/w"):
-            variable = variable.view(shape[1], -1).t()  # (in, out) -> (out, in)
+            variable = variable.view(columns[0], len(ours) * rows).t()  # (in, out) -> (out, in)
+        else:
+            variable = variable.view(len(ours) * rows, *columns)
         for name, part in zip(ours, variable.chunk(len(ours))):
-            weights[name] = part if theirs.endswith("/w") else part.view(shape)
+            weights[name] = part
     return model_from(config, weights)
 
 
