@@ -1308,6 +1308,32 @@ def test_a_full_disk_ends_the_run_and_nothing_else(limit, capsys):
     run(capsys, f"{RESUME} --steps 4")
 
 
+def test_what_else_users_meet(capsys, monkeypatch):
+    """A default that would spoil GPT-2, no compiler, streams that can only write, a prompt that
+    begins with a minus sign, several files, other programs' checkpoints: a word helps."""
+    rates = [gpt.TrainOptions(gpt2=size).learning_rate for size in (None, "124M")]
+    assert rates == [1.2e-3, 3e-5], "large steps spoil what GPT-2 has learned"
+    assert gpt.TrainOptions(gpt2="124M", learning_rate=0.01).learning_rate == 0.01
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", "")
+        patch.setenv("CXX", "none")
+        assert "C++ compiler" in refusal(capsys, f"{TRAIN} --compile --out compiled")
+    for command, hint in (("sample --prompt -x", "--prompt=-x"), (f"{TRAIN} more.txt", "cat ")):
+        with pytest.raises(SystemExit, match="2"):
+            run(capsys, command)
+        assert hint in capsys.readouterr().err
+    for content in (b"{}" * 99, b"\x98\x01\0\0\0\0\0\0{}"):  # a text; the beginning of safetensors
+        Path("foreign").write_bytes(content)
+        assert "foreign is missing" in refusal(capsys, "sample --checkpoint foreign")
+    written = []
+    stream = SimpleNamespace(write=written.append)  # neither isatty() nor flush()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        patch.setattr(sys, "stderr", stream)
+        gpt.main([*TRAIN.split(), "--out", "plain"])
+    assert "step 2/2" in "".join(written) and "Hey" in "".join(written)
+
+
 def test_damage_is_noticed_or_does_no_harm(capsys):
     """A flipped bit: the file is refused, or (in the archive's padding) loads to what was saved. A
     foreign file is refused by its name, and no code in it is run."""
@@ -1328,7 +1354,8 @@ def test_damage_is_noticed_or_does_no_harm(capsys):
             assert torch.equal(weights("model.pt"), saved), place
     for wrong in [[1, 2], model, {"format": Bomb()}, other]:
         torch.save(wrong, "wrong.pt")
-        assert "wrong.pt is missing, damaged" in refusal(capsys, "sample --checkpoint wrong.pt")
+        line = refusal(capsys, "sample --checkpoint wrong.pt")
+        assert "wrong.pt is missing, damaged" in line and "weights_only" not in line
     assert not Path("bang").exists()
 
 
