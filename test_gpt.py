@@ -26,7 +26,6 @@ import tracemalloc
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # keeps TensorFlow silent
 os.environ["http_proxy"] = os.environ["https_proxy"] = "http://127.0.0.1:9"  # no proxy is there
@@ -307,6 +306,35 @@ def test_an_impossible_shape_is_refused():
         with pytest.raises(gpt.UserError, match=f"{name}.*{value}"):
             gpt.GPTConfig(**{name: value})
     assert type(gpt.GPTConfig(np.uint16(257)).vocab_size) is int
+
+
+def test_the_figures_in_the_text_are_right():
+    """Each is taken from the text, and computed from the shape of 124M."""
+    text = re.sub(r"\s+(?:# )?", " ", SOURCE)
+    C, V, T, blocks = 768, 50257, 1024, 12
+    with torch.device("meta"):  # shapes without memory
+        P = sum(parameter.numel() for parameter in gpt.GPT(gpt.GPT2_CONFIGS["124M"]).parameters())
+    cache = 2 * blocks * C * 4 / 1024  # in KiB
+    for words, *expected in (
+        (r"near (\S+), like blind guessing", math.log(V)),
+        (r"starts near (\d\.\d)\.\)", math.log(1024)),
+        (r"V C = (\S+) million parameters: 124M has (\S+) million", V * C / 1e6, P / 1e6),
+        (r"would have (\S+) untied", (P + V * C) / 1e6),
+        (r"exp\(-3\.0\), 1 in (\d+)", math.exp(3)),
+        (r"near ln V, (\S+) for GPT-2", math.log(V)),
+        (r"64, stride 32: (\d+) // 32 \+ 1 = (\d+)", 1000 - 64 - 1, (1000 - 64 - 1) // 32 + 1),
+        (r"take (\S+) billion operations a token", 6 * P / 1e9),
+        (r"blocks takes (\S+) billion", 12 * blocks * T * C / 1e9),
+        (r"124M, that's (\d+) GB", 16 * P / 1e9),
+        (r"B T V bytes: (\d+) MB", 4 * T * V / 1e6),
+        (r"in float32 (\d+) KiB", cache),
+        (r"a full window, (\d+) MiB", cache * T / 1024),
+    ):
+        found = re.search(words, text)
+        assert found, f"the text no longer says {words}"
+        for shown, value in zip(found.groups(), expected, strict=True):
+            decimals = len(shown.partition(".")[2])
+            assert float(shown) == round(value, decimals), words
 
 
 # ==================================================================================================
@@ -790,10 +818,15 @@ def test_the_worked_example_of_sampling_is_right():
     """The table above sample_token() shows what each setting makes of four probabilities."""
     rows = re.findall(r"((?:  +[01](?:\.\d\d)?){4})\n", SOURCE)
     table = np.array([row.split() for row in rows], dtype=float)
-    sharper = probabilities(table[0], temperature=0.5)
-    three = probabilities(sharper, top_k=3)
-    expected = [table[0], sharper, three, probabilities(three, top_p=0.8)]
+    settings = r"temperature ([\d.]+): .*by ([\d.]+) .*\n.*top-k (\d).*\n"
+    settings += r".*top-p ([\d.]+): .*have ([\d.]+) "
+    temperature, divisor, top_k, top_p, two = map(float, re.search(settings, SOURCE).groups())
+    sharper = probabilities(table[0], temperature=temperature)
+    three = probabilities(sharper, top_k=int(top_k))
+    expected = [table[0], sharper, three, probabilities(three, top_p=top_p)]
     np.testing.assert_allclose(table, expected, atol=0.005)  # two decimals are shown
+    assert divisor == pytest.approx((table[0] ** (1 / temperature)).sum(), abs=0.005)
+    assert two == pytest.approx(three[:2].sum(), abs=0.005)
 
 
 @both_arithmetics
@@ -1423,6 +1456,15 @@ def test_the_accelerator_decides_the_dtype(modern, monkeypatch):
     assert set(chosen) == {1}
 
 
+def failing(error):
+    """A function of any arguments that raises this error."""
+
+    def fail(*given, **named):
+        raise error
+
+    return fail
+
+
 def test_what_ends_a_run_is_one_line_unless_it_is_a_bug(capsys, monkeypatch):
     """Ctrl-C names --resume only if a checkpoint is there. A bug keeps its traceback: whoever edits
     gpt.py has to see where it failed."""
@@ -1436,12 +1478,12 @@ def test_what_ends_a_run_is_one_line_unless_it_is_a_bug(capsys, monkeypatch):
         ("cross_entropy", full, RESUME, 2, "out of memory"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(gpt, name, Mock(side_effect=error))
+            patch.setattr(gpt, name, failing(error))
             assert re.search(words, refusal(capsys, command, status=status))
     assert training_state()["windows"] > 0, "or --resume can't see that the data has changed"
     monkeypatch.setattr(gpt, "WORLD_SIZE", 2)
     assert "torchrun" in refusal(capsys, f"{TRAIN} --out other")
-    monkeypatch.setattr(gpt, "GPT", Mock(side_effect=ValueError("bug")))
+    monkeypatch.setattr(gpt, "GPT", failing(ValueError("bug")))
     for command in (f"{TRAIN} --out other", "sample"):
         with pytest.raises(ValueError, match="bug"):
             run(capsys, command)
