@@ -18,10 +18,10 @@ model predicts. It starts near 10.8, like blind guessing among 50,257 tokens, an
 then the model recites "I HAD always thought Jack Gisburn rather a cheap genius". (Offline, the
 program makes a vocabulary of 1,024 tokens from the story, and the loss starts near 6.9.) The
 validation loss is measured on the last tenth of the story, which isn't trained on. It falls at
-first, while the model learns what English looks like. It rises when the model knows the other nine
-tenths by heart: it then confidently predicts words from there, which are wrong here. This is
-overfitting. More text, dropout or stopping earlier curbs it. The program keeps the model with the
-lowest validation loss, as out/best.pt.
+first, while the model learns what English looks like. It rises once the model knows the other nine
+tenths by heart, because the model then confidently predicts words from those, where other words
+come. This is overfitting. More text, dropout or stopping earlier curbs it. The program keeps the
+model with the lowest validation loss, as out/best.pt.
 
 Sections 1 to 7 are the GPT. You can skip section 8 (plumbing) and section 9 (speed).
 
@@ -100,7 +100,7 @@ class GPTConfig:
     Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (the GPT-2
     paper), 2.3."""
 
-    vocab_size: int = 50257  # V; others pad it to 50,304 for speed: OpenAI's file then doesn't fit
+    vocab_size: int = 50257  # V; 50,304 would be faster, but OpenAI's file wouldn't fit
     context_length: int = 1024  # the most tokens that the model can see at once
     n_embd: int = 768  # C
     n_head: int = 12  # H, must divide C
@@ -323,8 +323,8 @@ class FeedForward(nn.Module):
     numbers looks for one pattern in the token's C numbers and says how strongly it is present. Each
     hidden number also has its own row of W₂ᵀ, C numbers long. That row, multiplied by the hidden
     number, is added to the stream. Without the GELU in between, the two matrices would collapse
-    into one, their product. Two thirds of a block's parameters are here. The width 4C is customary
-    since Vaswani et al. 2017, section 3.3. Source: src/model.py, mlp()."""
+    into one, their product. Two thirds of a block's parameters are here. The width 4C has been
+    customary since Vaswani et al. 2017, section 3.3. Source: src/model.py, mlp()."""
 
     def __init__(self, config):
         super().__init__()
@@ -382,14 +382,13 @@ class TransformerBlock(nn.Module):
 #     product with the token embedding                    + <---------'
 #             |                                           |
 #      logits (B, T, V)                                   x
-#
-# A token is a number from 0 to V - 1. Two learned tables turn it into C numbers: the token's row,
-# its embedding, plus the row of its position. Without positions, a layer of attention would give a
-# token the same result whatever the order of the tokens before it. (The Transformer of 2017 used
-# fixed sines and cosines; GPT-2 learns its positions.) There are context_length positions, so a
-# longer text doesn't fit. Any shorter text does, with the same parameters: each matrix acts on one
-# token's C numbers at a time. One block's attention can look for what the blocks before it have
-# found: that is why blocks are stacked.
+# For the model, a token is its number, from 0 to V - 1. Two learned tables turn it into C numbers:
+# the token's row, its embedding, plus the row of its position. Without positions, a layer of
+# attention would give a token the same result whatever the order of the tokens before it. (The
+# Transformer of 2017 used fixed sines and cosines; GPT-2 learns its positions.) There are
+# context_length positions, so a longer text doesn't fit. Any shorter text does, with the same
+# parameters: each matrix acts on one token's C numbers at a time. One block's attention can look
+# for what the blocks before it have found: that is why blocks are stacked.
 #
 # The scores at the end are called logits. Each is the dot product of a position's C numbers with
 # one token's embedding: this last layer, the output head, has no matrix of its own and is "tied" to
@@ -414,15 +413,15 @@ class GPT(nn.Module):
 
     def init_weights(self):
         """Draw matrices and embeddings from N(0, 0.02²): normal, mean 0, standard deviation 0.02.
-        Biases start at 0, the weights of LayerNorms at 1.
+        Biases start at 0. (LayerNorm weights keep the 1 of their constructor.)
 
         OpenAI chose 0.02; it makes the first logits small. Each block adds two results to the
-        stream. Their variances add up, so 2 n_layer results of equal size sum to sqrt(2 n_layer)
-        times the size of one. So the matrices that make them, both called `projection`, start with
-        0.02 / sqrt(2 n_layer): the sum is then as large as a single result with 0.02 would be,
-        however many blocks there are. LayerNorms don't prevent this growth, since they only
-        normalise what a block reads. Source: GPT-2 paper, 2.3. (But src/model.py: positions 0.01,
-        projections 0.02.)"""
+        stream. Their variances add up, and the size is the root of the variance, so the sum of 2
+        n_layer results of equal size is sqrt(2 n_layer) times as large as one. So the matrices that
+        make them, both called `projection`, start with 0.02 / sqrt(2 n_layer): the sum is then as
+        large as a single result with 0.02 would be, however many blocks there are. LayerNorms don't
+        prevent this growth, since they only normalise what a block reads. Source: GPT-2 paper, 2.3.
+        (But src/model.py: positions 0.01, projections 0.02.)"""
         for name, parameter in self.named_parameters():
             if name.endswith("projection.weight"):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
@@ -504,9 +503,9 @@ def cross_entropy(logits, targets):
 # libraries raise an error until you say whether you mean this token or plain text, which would be
 # several ordinary tokens.)
 END_OF_TEXT = "<|endoftext|>"
-# The alternatives, in order: endings, as in I'm; letters (\p{L}), digits (\p{N}) or other signs, as
-# many as follow each other, with the space before them, if there is one; then white space.
-# \s+(?!\S) stops one character before a word: a space then joins the word.
+# The alternatives, in order: endings, as in I'm; a run of letters (\p{L}), of digits (\p{N}) or of
+# other signs, together with a space before it, if there is one; then white space. \s+(?!\S) stops
+# one character before a word: a space then joins the word.
 WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 STORY = str(Path(globals().get("__file__", "gpt.py")).resolve().with_name("the-verdict.txt"))
 
@@ -647,8 +646,9 @@ def check_tokens(tokens, path, vocab_size):
 
 # A window has an input, context_length tokens of the text, and a target, the same tokens shifted by
 # one: at each position, the token that comes next. (Some libraries take the same tokens twice and
-# shift them inside the loss.) The stride is the distance from one window to the next. With a
-# context of 4 and a stride of 2, the first two windows are
+# shift them inside the loss. Without any shift, the model would only learn to copy.) The stride is
+# the distance from one window to the next. With a context of 4 and a stride of 2, the first two
+# windows are
 #
 #     text               I     HAD      always    thought   Jack     Gis     burn
 #     window 0, input    I     HAD      always    thought
@@ -768,9 +768,10 @@ class TrainOptions(Options):
 # large only if the data keeps asking for it. Biases and LayerNorm weights aren't decayed. They are
 # too few to learn a text by heart, and a LayerNorm with weights near 0 would pass on only its bias.
 def make_optimizer(model, weight_decay):
-    """AdamW. Each step updates its running means: mean = beta mean + (1 - beta) new number. With
-    beta 0.9, a mean covers roughly the last 10 steps, with 0.95 the last 20. fused: PyTorch's fast
-    version. Source: Brown et al. 2020, "Language Models are Few-Shot Learners", appendix B."""
+    """AdamW. Each step updates its running means: mean = beta * mean + (1 - beta) * new number. The
+    mean of the gradients has beta 0.9 and covers roughly the last 10 steps; that of their squares
+    has 0.95 and covers the last 20. fused: PyTorch's fast version. Source: Brown et al. 2020,
+    "Language Models are Few-Shot Learners", appendix B."""
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
@@ -782,7 +783,7 @@ def learning_rate(step, options):
 
     In the first --warmup steps it rises evenly to --learning-rate: at first, AdamW's means rest on
     only a few gradients, and full steps could go badly wrong. (We count steps from 1. From 0, the
-    first step would have rate 0 and be wasted.) After the warm-up, the rate falls along half a
+    first step would have a rate of 0 and be wasted.) After the warm-up, the rate falls along half a
     cosine to a tenth: large steps get near a minimum of the loss, small ones then settle into
     it."""
     if step <= options.warmup:
@@ -813,8 +814,9 @@ def learning_rate(step, options):
 # multiplies the loss by a large scale factor, which multiplies every gradient, too. The scaler
 # divides the parameters' gradients by that factor before they are clipped. If a gradient overflows,
 # it becomes inf or NaN (inf - inf). Then the scaler skips the step and halves the factor. After
-# 2,000 good steps, it doubles the factor. bfloat16 needs no scaler. If a number in the forward pass
-# exceeds 65,504, the loss itself can become NaN. No scaler helps against that: the run stops.
+# 2,000 good steps, it doubles the factor. If a number in the forward pass exceeds 65,504, the loss
+# itself can become NaN. No scaler helps against that: the run stops. bfloat16, with the range of
+# float32, needs no scaler.
 #
 # Several processes, one for each GPU, hold the same model and optimizer, but read different windows
 # (`torchrun --nproc_per_node=2 gpt.py train` starts two). DistributedDataParallel (DDP) averages
@@ -841,8 +843,8 @@ def prepare(model, options):
 
 def training_step(model, batches, optimizer, scaler, autocast, clip):
     """One optimizer step on one or more micro-batches; returns the mean loss over all processes.
-    Raises UserError, before any parameter changes, if the loss isn't finite. Without a scaler, it
-    also does so if the gradient isn't."""
+    Raises UserError, before any parameter changes, if the loss isn't finite, or, without a scaler,
+    if the gradient isn't finite."""
     total = 0.0
     for number, (inputs, targets) in enumerate(batches, start=1):
         if WORLD_SIZE > 1:
@@ -1034,7 +1036,7 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
 #
 # A new token uses every weight, and each weight is read from memory for one multiplication and one
 # addition. So memory speed limits decoding, and 16-bit weights can make it twice as fast. In
-# training, a weight once read serves all B T rows of a batch: there, arithmetic is the limit.
+# training, a weight, read once, serves all B T rows of a batch: there, arithmetic is the limit.
 class KVCache:
     """The keys and values of the tokens read so far, for a batch of texts of the same length. GPT-2
     has no padding token, so texts of different lengths are generated one by one."""
@@ -1062,8 +1064,9 @@ class KVCache:
 # would move to new positions and need new keys and values, again for every new token. So we keep
 # only the newest half window, the new token included, and read it again at positions 0, 1, ...
 #     [ a b c d e f g h ] + i   becomes   [ f g h i . . . . ]
-# With 1,024 positions, this happens about once in 512 tokens, and rereading 512 tokens in one pass
-# costs far less than the 512 passes of one token that follow. The model forgets what was dropped.
+# With 1,024 positions, this happens about once every 512 tokens, and rereading 512 tokens in one
+# pass costs far less than the 512 passes of one token that follow. The model forgets what was
+# dropped.
 @torch.no_grad()
 def generate(
     model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos=None, seed=None
@@ -1072,7 +1075,7 @@ def generate(
 
     prompt: int64 (B, T), of which the newest context_length tokens are read. Raises UserError if it
     isn't such a tensor. A row that has produced eos, the end-of-text token, continues with eos;
-    when all rows have, generate ends. Without a seed, the text differs each time."""
+    once every row has produced eos, generate ends. Without a seed, the text differs each time."""
     if not isinstance(prompt, torch.Tensor) or prompt.dim() != 2 or prompt.numel() == 0:
         given = getattr(prompt, "shape", type(prompt).__name__)
         raise UserError(f"the prompt is {given}; it must be a non-empty tensor of tokens (B, T)")
@@ -1189,7 +1192,8 @@ GPT2_NAMES = {  # OpenAI's name and ours, in each block
 
 def load_gpt2(path, config, **changes):
     """OpenAI's GPT, from its file. changes: config fields to replace. Raises UserError if the
-    file's length doesn't match the config. Names (without "model/"): src/model.py."""
+    file's length doesn't match the config. The names, here without "model/", come from
+    src/model.py."""
     config = replace(config, **changes)
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
@@ -1286,9 +1290,9 @@ def save_checkpoint(path, model, tokenizer, training_state=None):
 
 
 def load_checkpoint(path, mapped=True, **changes):
-    """(model, tokenizer, training_state or None). changes: config fields to replace. mapped: read
-    on demand, so don't replace the file meanwhile. Raises UserError if the file is damaged or
-    foreign. Code hidden in the file is never run."""
+    """(model, tokenizer, training_state or None). changes: config fields to replace. mapped: the
+    weights are read on demand, so don't replace the file while the model is in use. Raises
+    UserError if the file is damaged or foreign. Code hidden in the file is never run."""
     if os.path.isdir(path):
         path = Path(path, "checkpoint.pt")
     try:
