@@ -1,27 +1,24 @@
-"""GPT-2 in one file. Read it from the first line to the last, then run it.
+"""GPT-2 in one file. Read it from top to bottom, then run it.
 
-A GPT (generative pre-trained transformer) is a neural network that continues text. It reads tokens,
-which are words, pieces of words or single bytes, and gives every token in its vocabulary a score:
-how likely is it to come next? We draw a token according to these scores, append it, and ask again.
-The scores depend on millions of numbers, the network's parameters, random at first. Training nudges
-them, step by step, until the tokens that really come next score high. "Pre-trained" means that this
-was first done with a huge amount of text of every kind. Training further on your own text is called
-fine-tuning. A transformer is built from blocks in which tokens exchange information.
+A GPT (generative pre-trained transformer) is a neural network that continues text. It reads tokens
+(words, pieces of words or single bytes) and gives every token in its vocabulary a score: how likely
+is it to come next? We draw a token by these scores, append it, and ask again. The scores depend on
+millions of parameters, numbers that are random at first. Training nudges them until the tokens that
+really come next score high. "Pre-trained" means trained first on a huge amount of text of every
+kind. Further training on your own text is called fine-tuning. A transformer is built from blocks in
+which tokens exchange information.
 
     python gpt.py train                             a small GPT learns a short story by heart
     python gpt.py sample --prompt "I HAD always"    it continues a text
     python gpt.py sample --gpt2 124M                OpenAI's GPT-2 continues it (downloads 500 MB)
     python gpt.py train --gpt2 124M --data my.txt   GPT-2 is fine-tuned on your text
 
-The first command takes about two minutes on two cores. Watch the loss, which says how badly the
-model predicts. It starts near 10.8, like blind guessing among 50,257 tokens, and ends below 0.5. By
-then the model recites "I HAD always thought Jack Gisburn rather a cheap genius". (Offline, the
-program makes a vocabulary of 1,024 tokens from the story, and the loss starts near 6.9.) The
-validation loss is measured on the last tenth of the story, which isn't trained on. It falls at
-first, while the model learns what English looks like. It rises once the model knows the other nine
-tenths by heart, because the model then confidently predicts words from those, where other words
-come. This is overfitting. More text, dropout or stopping earlier curbs it. The program keeps the
-model with the lowest validation loss, as out/best.pt.
+The loss says how badly the model predicts. In the first command it starts near 10.8, like blind
+guessing among 50,257 tokens, and ends below 0.5: the model recites the story. (Offline, the program
+learns 1,024 tokens from the story, and the loss starts near 6.9.) The validation loss is measured
+on the story's last tenth, which isn't trained on. It falls while the model learns what English
+looks like. It rises once the model knows the other nine tenths by heart and confidently predicts
+their words where others come. This is overfitting. More text, dropout or stopping earlier curbs it.
 
 Sections 1 to 7 are the GPT. You can skip section 8 (plumbing) and section 9 (speed).
 
@@ -50,7 +47,6 @@ import ctypes
 import functools
 import math
 import os
-import shlex
 import shutil
 import sys
 import tempfile
@@ -76,13 +72,13 @@ class UserError(ValueError):
 
 
 def check(name, value, kind, low=0, high=1e18, choices=None):
-    """Return the value as an int, float or str. A number must lie between low and high; a str must
-    not be empty, and must be one of the choices, if there are any. Raises UserError otherwise."""
+    """Return the value as an int, float or str. Raises UserError if a number isn't between low and
+    high, or a str is empty or not one of the choices."""
     limits = f"from {low:g} to {high:g}"
     words = {int: f"a whole number {limits}", float: f"a number {limits}", str: "a name"}
     expected = f"one of {', '.join(choices)}" if choices else words[kind]
     try:
-        plain = kind(str(value))  # "5" and NumPy's 5 become 5, but 1.5 isn't an int
+        plain = kind(str(value))  # "5" becomes 5, but 1.5 isn't an int
         if kind is str:
             valid = plain != "" and plain in (choices or [plain])
         else:
@@ -96,16 +92,15 @@ def check(name, value, kind, low=0, high=1e18, choices=None):
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """A GPT's shape (default: the smallest GPT-2). Raises UserError if such a model can't exist.
-    Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (the GPT-2
-    paper), 2.3."""
+    """A GPT's shape (default: GPT-2 124M). Raises UserError if it can't exist. Source: Radford et
+    al. 2019, "Language Models are Unsupervised Multitask Learners" (the GPT-2 paper), 2.3."""
 
     vocab_size: int = 50257  # V; 50,304 would be faster, but OpenAI's file wouldn't fit
-    context_length: int = 1024  # the most tokens that the model can see at once
+    context_length: int = 1024  # the most tokens it can see at once
     n_embd: int = 768  # C
     n_head: int = 12  # H, must divide C
-    n_layer: int = 12  # how many blocks follow each other
-    dropout: float = 0.0  # the share of numbers that training sets to 0 (section 2)
+    n_layer: int = 12  # how many blocks
+    dropout: float = 0.0  # share of numbers that training sets to 0
     by_hand: bool = False  # False: PyTorch's fast routines ("kernels"); True: the same, written out
 
     def __post_init__(self):
@@ -137,7 +132,7 @@ def option(default, help, **limits):
 @dataclass
 class Options:
     """What `train` and `sample` share; sections 5 and 6 add their own. None means "not given".
-    Raises UserError, with the option's name, if a value is out of range."""
+    Raises UserError if a value is out of range."""
 
     prompt: str = option("I HAD always thought", "text to continue; sample: - is standard input")
     gpt2: str = option(None, "use OpenAI's GPT-2 of this size", choices=list(GPT2_CONFIGS))
@@ -163,32 +158,27 @@ class Options:
 
 # ==================================================================================================
 # 2 Layers
-# Inside the model, C numbers represent each token. Together they are called the residual stream,
-# because they flow through all layers. A layer doesn't have to rebuild these numbers. It reads them
-# and only adds a correction, the residual, to what is there. Such sums also help training, which
-# needs gradients. The gradient of a number tells how much the loss would grow if the number grew a
-# bit. Gradients are computed backward from the loss, layer by layer, and a sum passes them on
-# unchanged. So even the first of many layers gets a useful one. Source: He et al. 2016, "Deep
-# Residual Learning".
+# In the model, C numbers represent each token. They flow through all layers and form the residual
+# stream. A layer doesn't rebuild them but adds a correction, the residual. Such sums help training,
+# which needs gradients. The gradient of a number tells how much the loss grows if the number grows
+# a bit. Gradients are computed backward from the loss, and a sum passes them on unchanged. So even
+# the first layer gets a useful one. Source: He et al. 2016, "Deep Residual Learning".
 #
-# Most layers use nn.Linear(m, n). It turns m numbers x into n numbers, x Wᵀ + b. Both the matrix W
-# (n, m), its weights, and the vector b (n,), its bias, are learned.
+# nn.Linear(m, n) turns m numbers x into n: x Wᵀ + b. Weights W (n, m) and bias b (n,) are learned.
 #
-# During training, dropout sets a random share of numbers to 0 and scales up the others to keep the
-# mean. A model that can't rely on any one number finds it harder to learn a text by heart. Dropout
-# acts on embeddings (section 3), on attention weights, and on what attention and the feed-forward
-# network add to the stream. A new PyTorch model is in training mode: if dropout is above 0, its
-# results vary until we call model.eval(). A huge corpus read once needs no dropout: there's little
-# to learn by heart. Source: Srivastava et al. 2014, "Dropout".
+# In training, dropout sets a random share of numbers to 0 and scales up the others to keep the
+# mean. A model that can't rely on any one number learns less by heart. Dropout acts on embeddings,
+# attention weights, and what attention and the feed-forward network add to the stream. A new model
+# is in training mode: with dropout, its results vary until we call model.eval(). A huge corpus read
+# once needs no dropout: it can't be learned by heart. Source: Srivastava et al. 2014, "Dropout".
 class LayerNorm(nn.Module):
-    """Give the C numbers of each token mean 0 and variance 1, then scale and shift them.
+    """Give each token's C numbers mean 0 and variance 1, then scale and shift them.
 
         y = (x - mean) / sqrt(variance + eps) * weight + bias          (B, T, C) -> (B, T, C)
 
-    The stream grows with every correction, but a layer learns best from numbers of similar size.
-    Mean and variance are taken over the C channels of one token, never across tokens. The learned
-    weight and bias (C,) give each channel the scale and offset that suit the next layer. Source: Ba
-    et al. 2016, "Layer Normalization", section 3; src/model.py, norm()."""
+    The stream grows with every correction, but layers learn best from numbers of similar size. The
+    learned weight and bias (C,) give each channel the scale and offset that suit the next layer.
+    Source: Ba et al. 2016, "Layer Normalization", section 3; src/model.py, norm()."""
 
     def __init__(self, config):
         super().__init__()
@@ -202,18 +192,16 @@ class LayerNorm(nn.Module):
             return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
         x = x - x.mean(dim=-1, keepdim=True)  # (B, T, C) - (B, T, 1)
         variance = x.square().mean(dim=-1, keepdim=True)  # divided by C, not by C - 1
-        # eps is added inside the root, because the root's slope at 0 is infinite. With eps outside,
-        # equal channels would have no finite gradient.
+        # eps is inside the root. Outside, a variance of 0 would give the root an infinite gradient.
         x = x / torch.sqrt(variance + self.eps)
         return x * self.weight + self.bias
 
 
 def gelu(x, by_hand):
-    """A smooth version of max(0, x): x times the probability that a standard normal random number
-    is below x. This tanh approximation is off by less than 0.0005. It used to be faster than the
-    exact GELU, and GPT-2 was trained with it; the exact one would shift its scores a little.
-    Source: Hendrycks and Gimpel 2016, "Gaussian Error Linear Units", section 2; src/model.py,
-    gelu()."""
+    """A smooth version of max(0, x): x times the probability that a standard normal number is below
+    x. This tanh approximation is off by less than 0.0005. It was once faster than the exact GELU.
+    GPT-2 was trained with it, and the exact one would shift its scores slightly. Source: Hendrycks
+    and Gimpel 2016, "Gaussian Error Linear Units", section 2; src/model.py, gelu()."""
     if not by_hand:
         return F.gelu(x, approximate="tanh")
     inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)
@@ -223,32 +211,28 @@ def gelu(x, by_hand):
 # Attention carries information from one token to another. From its C numbers, each token makes
 # three vectors: a query (what am I looking for?), a key (what can I be found by?) and a value (what
 # do I tell whoever finds me?). The score of a query and a key is their dot product, which is large
-# if both point the same way. Softmax turns the scores s of one query into positive weights that sum
-# to 1. The query's token receives the mean of all values, each counted with its weight:
+# if both point the same way. Softmax turns the scores s of a query into positive weights that sum
+# to 1. The query's token receives the mean of all values, counted with these weights:
 #
 #     softmax(s)[i] = exp(s[i]) / (exp(s[0]) + exp(s[1]) + ...)
 #     attention(q, k, v) = softmax(q kᵀ / sqrt(D) + mask) v
 #
-# Unlike a layer's weights, these attention weights aren't learned but computed afresh for every
-# text. What is learned are the matrices that make queries, keys and values. If a query's scores are
-# all equal (all 0, say), its token gets the plain mean of the values it can see. So a score of 0
-# doesn't mean "ignore": exp(0) is 1.
+# Unlike a layer's weights, attention weights are computed afresh for every text. Only the matrices
+# that make queries, keys and values are learned. If a query's scores are all equal (all 0, say),
+# its token gets the mean of the values it can see. A score of 0 doesn't mean "ignore": exp(0) is 1.
 #
-# Why the square root? A score is a sum of D products. Some are positive and some negative, so they
-# partly cancel: the sum's typical size grows like sqrt(D), not like D. Without the division, scores
-# would be large, and softmax would put nearly all the weight on one token. Small changes in a score
-# would then change hardly anything, and little would be learned.
+# Why the square root? A score sums D products. Some are positive and some negative, so they partly
+# cancel: the sum grows like sqrt(D), not like D. Undivided scores would make softmax put nearly all
+# weight on one token. Then small changes in a score hardly matter, and little is learned.
 #
-# Why the mask? The model has to predict the next token. If a token could see the one after it,
-# training would teach the model to copy the answer. The loss would fall to almost 0, but the model
-# would be useless for writing, where the next token isn't there yet. So the mask adds -∞ to the
-# scores of later tokens: exp(-∞) is 0. (A large negative number such as -10,000 works, too, as long
-# as it is far below every real score.) Because the mask comes before the softmax, the remaining
-# weights still sum to 1. They wouldn't if we set some to 0 afterwards. And since row t of the
-# result depends only on tokens 0 to t, one pass over a text trains the predictions at all its
-# positions at once.
+# Why the mask? If a token could see the next one, the model would learn to copy the answer. The
+# loss would fall to almost 0, but the model would be useless for writing, where the next token
+# isn't there yet. So the mask adds -∞ to the scores of later tokens: exp(-∞) is 0. (-10,000 works,
+# too, if real scores are far above it.) Because the mask comes before the softmax, the remaining
+# weights still sum to 1. They wouldn't if we set some to 0 afterwards. Row t of the result depends
+# only on tokens 0 to t, so one pass over a text trains predictions at all positions.
 #
-# An example to work through by hand, with three tokens and D = 2 (sqrt(2) is 1.41):
+# An example with three tokens and D = 2 (sqrt(2) is 1.41):
 #
 #             q       k       v       q kᵀ / 1.41, masked    the weights, rounded    result
 #   I       (1, 0)  (0, 1)  (1, 0)    0.00    -∞     -∞      1.00  0.00  0.00      (1.00, 0.00)
@@ -256,8 +240,8 @@ def gelu(x, by_hand):
 #   always  (1, 0)  (1, 1)  (1, 1)    0.00   0.71   0.71     0.20  0.40  0.40      (0.60, 0.80)
 def attention(q, k, v, dropout=0.0):
     """The formula above for all heads: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D). The
-    queries belong to the last T of the S tokens: query i sees tokens 0 to S - T + i, which is 0 to
-    i if T = S. Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1."""
+    queries belong to the last T of the S tokens: query i sees tokens 0 to S - T + i. Source:
+    Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1."""
     T = q.shape[2]
     S = k.shape[2]
     scores = q @ k.transpose(-2, -1)  # (B, H, T, D) @ (B, H, D, S) -> (B, H, T, S)
@@ -266,7 +250,7 @@ def attention(q, k, v, dropout=0.0):
     seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(diagonal=S - T)
     scores = scores.masked_fill(~seen, -math.inf)
     weights = torch.softmax(scores, dim=-1)  # each row of (B, H, T, S) sums to 1, until dropout
-    # F.dropout doesn't know about model.eval(): outside training, the caller has to pass 0.
+    # F.dropout doesn't know about model.eval(): outside training, the caller passes 0.
     weights = F.dropout(weights, dropout)
     return weights @ v  # (B, H, T, S) @ (B, H, S, D) -> (B, H, T, D)
 
@@ -274,19 +258,18 @@ def attention(q, k, v, dropout=0.0):
 class CausalSelfAttention(nn.Module):
     """Attention within a text, masked ("causal"), in H heads: (B, T, C) -> (B, T, C).
 
-    One set of attention weights can look for only one kind of thing. Each head reads all C channels
-    and projects them down to its own D = C / H numbers, so H heads can look for H things at once: a
-    verb, the name mentioned last, an opening quote. The matrices of all heads are stacked in one
-    (C, C) matrix, D rows for each head. Each row makes one number and ignores the other rows, so
-    this doesn't mix the heads: it is the same as a (D, C) matrix for each. (OpenAI's code also
-    stacks query, key and value, 3C rows in all.) The heads' results are put side by side. Then the
-    projection, another learned matrix, mixes them, so that what one head has found can reach every
-    channel of the stream. Source: Vaswani et al. 2017, section 3.2.2."""
+    One head can look for only one kind of thing. Each head reads all C channels and projects them
+    down to its own D = C / H numbers, so H heads can look for H things at once: a verb, the name
+    mentioned last, an opening quote. The heads' matrices are stacked in one (C, C) matrix, D rows
+    for each head. A row makes one number and ignores the other rows, so this doesn't mix the heads:
+    each has its own (D, C) matrix. (OpenAI's code also stacks query, key and value: 3C rows.) The
+    heads' results are put side by side. Then a learned projection mixes them, so what one head
+    found can reach every channel. Source: Vaswani et al. 2017, section 3.2.2."""
 
     def __init__(self, config, layer):
         super().__init__()
         self.config = config
-        self.layer = layer  # the block's number, under which a cache keeps its keys and values
+        self.layer = layer  # the block's number, for the cache
         self.query = nn.Linear(config.n_embd, config.n_embd)
         self.key = nn.Linear(config.n_embd, config.n_embd)
         self.value = nn.Linear(config.n_embd, config.n_embd)
@@ -294,24 +277,23 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, cache=None):
         # (B, T, C) -> (B, T, H, D) -> (B, H, T, D). A token's C numbers lie side by side in memory,
-        # head after head, so a view straight to (B, H, T, D) would mix up tokens.
+        # head after head. A view straight to (B, H, T, D) would mix up tokens.
         B, T, C = x.shape
         H = self.config.n_head
         q = self.query(x).view(B, T, H, C // H).transpose(1, 2)
         k = self.key(x).view(B, T, H, C // H).transpose(1, 2)
         v = self.value(x).view(B, T, H, C // H).transpose(1, 2)
-        if cache is not None:  # add the keys and values of earlier tokens (section 6)
+        if cache is not None:  # add those of earlier tokens (section 6)
             k, v = cache.extend(self.layer, k, v)  # (B, H, T, D) -> (B, H, S, D)
         dropout = self.config.dropout if self.training else 0.0
         if self.config.by_hand:
             y = attention(q, k, v, dropout)
         else:
-            # is_causal lets query i see keys 0 to i, which is right for a text or a prompt. A
-            # single new token may see all S keys, and needs no mask. (GPT.forward refuses anything
-            # else.)
+            # is_causal lets query i see keys 0 to i, as a text or a prompt needs. A single new
+            # token may see all S keys and needs no mask. (GPT.forward refuses anything else.)
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
-        # -> (B, T, H, D) -> (B, T, C). After the transpose, the numbers are out of order in memory,
-        # and reshape copies them. (Others write .contiguous().view(B, T, C).)
+        # -> (B, T, H, D) -> (B, T, C). The transpose leaves the numbers out of order in memory, so
+        # reshape copies them. (Others write .contiguous().view(B, T, C).)
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.projection(y), self.config.dropout, training=self.training)
 
@@ -319,12 +301,11 @@ class CausalSelfAttention(nn.Module):
 class FeedForward(nn.Module):
     """Let each token work by itself on what it has gathered: gelu(x W₁ᵀ + b₁) W₂ᵀ + b₂.
 
-    Attention only takes means; this is where conclusions are drawn from them. Each of the 4C hidden
-    numbers looks for one pattern in the token's C numbers and says how strongly it is present. Each
-    hidden number also has its own row of W₂ᵀ, C numbers long. That row, multiplied by the hidden
-    number, is added to the stream. Without the GELU in between, the two matrices would collapse
-    into one, their product. Two thirds of a block's parameters are here. The width 4C has been
-    customary since Vaswani et al. 2017, section 3.3. Source: src/model.py, mlp()."""
+    Attention only takes means; here conclusions are drawn. Each of the 4C hidden numbers looks for
+    a pattern in the C numbers and says how strongly it's present. A hidden number's row of W₂ᵀ, C
+    numbers long, is scaled by that number and added to the stream. Without the GELU, the two
+    matrices would collapse into their product. Two thirds of a block's parameters are here. The
+    width 4C goes back to Vaswani et al. 2017, section 3.3. Source: src/model.py, mlp()."""
 
     def __init__(self, config):
         super().__init__()
@@ -341,12 +322,11 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Attention between tokens, then the feed-forward network on each: (B, T, C) -> (B, T, C).
 
-    Both read the stream through a LayerNorm. The Transformer of 2017 normalised the stream itself,
-    after each sum. On its way back, every gradient then passed through all these LayerNorms, was
-    rescaled by each, and training only worked if it began with many tiny steps. With this
-    "pre-LayerNorm", the stream is nothing but sums, and training is steadier. But the stream itself
-    is never normalised, so the model needs one more LayerNorm at its end. Source: GPT-2 paper, 2.3;
-    Xiong et al. 2020, "On Layer Normalization in the Transformer Architecture"."""
+    Both read the stream through a LayerNorm. The Transformer of 2017 normalised the stream after
+    each sum. Its LayerNorms rescaled gradients on their way back, so training had to begin with
+    tiny steps. With this "pre-LayerNorm", the stream is only sums, and training is steadier. But
+    the stream is never normalised, so the model ends with one more LayerNorm. Source: GPT-2 paper,
+    2.3; Xiong et al. 2020, "On Layer Normalization in the Transformer Architecture"."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -384,20 +364,19 @@ class TransformerBlock(nn.Module):
 #      logits (B, T, V)                                   x
 # For the model, a token is its number, from 0 to V - 1. Two learned tables turn it into C numbers:
 # the token's row, its embedding, plus the row of its position. Without positions, a layer of
-# attention would give a token the same result whatever the order of the tokens before it. (The
-# Transformer of 2017 used fixed sines and cosines; GPT-2 learns its positions.) There are
-# context_length positions, so a longer text doesn't fit. Any shorter text does, with the same
-# parameters: each matrix acts on one token's C numbers at a time. One block's attention can look
-# for what the blocks before it have found: that is why blocks are stacked.
+# attention would ignore the order of the tokens before it. (The Transformer of 2017 used fixed
+# sines and cosines; GPT-2 learns positions.) A text longer than context_length doesn't fit. Any
+# shorter text does, with the same parameters: each matrix acts on one token's C numbers at a time.
+# Each block can look for what earlier blocks have found.
 #
 # The scores at the end are called logits. Each is the dot product of a position's C numbers with
-# one token's embedding: this last layer, the output head, has no matrix of its own and is "tied" to
-# the token embedding. So tokens with similar embeddings get similar scores (Press and Wolf 2017,
-# "Using the Output Embedding to Improve Language Models"). A separate matrix would cost another V C
-# = 38.6 million parameters: 124M has 124.4 million, and would have 163.0 untied.
+# one token's embedding: this last layer, the output head, is "tied" to the token embedding and has
+# no matrix of its own. So tokens with similar embeddings get similar scores (Press and Wolf 2017,
+# "Using the Output Embedding to Improve Language Models"). 124M has 124.4 million parameters. A
+# separate matrix would add V C = 38.6 million: 163.0 in all.
 class GPT(nn.Module):
-    """tokens (B, T), int64 -> logits (B, T, V): at each position, a score for every token that
-    could come next. Raises UserError if the tokens don't fit into the context."""
+    """tokens (B, T), int64 -> logits (B, T, V): at each position, a score for every possible next
+    token. Raises UserError if the tokens don't fit into the context."""
 
     def __init__(self, config):
         super().__init__()
@@ -406,22 +385,21 @@ class GPT(nn.Module):
         self.position_embedding = nn.Parameter(torch.empty(config.context_length, config.n_embd))
         self.blocks = nn.ModuleList(TransformerBlock(config, n) for n in range(config.n_layer))
         self.final_norm = LayerNorm(config)
-        # If the numbers will come from a file (section 7), the model is built on PyTorch's "meta"
-        # device, where tensors have a shape but no numbers. Drawing them would be slow and useless.
+        # On PyTorch's "meta" device, tensors have no numbers. Drawing some would be slow and
+        # useless, because they will come from a file (section 7).
         if not self.token_embedding.is_meta:
             self.init_weights()
 
     def init_weights(self):
-        """Draw matrices and embeddings from N(0, 0.02²): normal, mean 0, standard deviation 0.02.
-        Biases start at 0. (LayerNorm weights keep the 1 of their constructor.)
+        """Draw matrices and embeddings at random, normal with mean 0 and standard deviation 0.02.
+        Biases start at 0, LayerNorm weights at 1.
 
         OpenAI chose 0.02; it makes the first logits small. Each block adds two results to the
-        stream. Their variances add up, and the size is the root of the variance, so the sum of 2
-        n_layer results of equal size is sqrt(2 n_layer) times as large as one. So the matrices that
-        make them, both called `projection`, start with 0.02 / sqrt(2 n_layer): the sum is then as
-        large as a single result with 0.02 would be, however many blocks there are. LayerNorms don't
-        prevent this growth, since they only normalise what a block reads. Source: GPT-2 paper, 2.3.
-        (But src/model.py: positions 0.01, projections 0.02.)"""
+        stream. Their variances add up, so the sum of 2 n_layer results has sqrt(2 n_layer) times
+        the standard deviation of one. So the matrices that make them, both called `projection`,
+        start with 0.02 / sqrt(2 n_layer). The sum is then as large as one result with 0.02, for any
+        number of blocks. LayerNorms don't prevent this growth: they only normalise what a block
+        reads. Source: GPT-2 paper, 2.3. (But src/model.py: positions 0.01, projections 0.02.)"""
         for name, parameter in self.named_parameters():
             if name.endswith("projection.weight"):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
@@ -431,9 +409,8 @@ class GPT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, tokens, cache=None, last_only=False):
-        """cache: the tokens before these (section 6). An empty cache accepts any number of tokens;
-        after that, they must come one at a time. last_only: return only the last position's logits,
-        (B, 1, V)."""
+        """cache: the tokens before these (section 6). If it isn't empty, tokens must come one by
+        one. last_only: only the last position's logits, (B, 1, V)."""
         T = tokens.shape[1]
         start = 0 if cache is None else cache.length
         if start + T > self.config.context_length:
@@ -455,26 +432,22 @@ class GPT(nn.Module):
 
 
 # Softmax of the logits gives each token its probability of coming next. The probability of a text
-# is the product of the probabilities of its tokens, each given the tokens before it. (The first has
-# none before it, so it is read but never predicted.) Training makes the texts that people wrote as
-# probable as possible. The product is too small to store, but its logarithm is a sum, and a minus
-# sign makes lower better. So the loss is the mean of -log p over all predictions, where p is the
-# probability the model gave the token that really came.
+# is the product of the probabilities of its tokens, each given the tokens before it. (The first is
+# read but never predicted.) Training makes people's texts as probable as possible. The product is
+# too small to store, but its logarithm is a sum, and a minus sign makes lower better. So the loss
+# is the mean of -log p, where p is the model's probability for the token that really came.
 #
-# With natural logarithms, the unit of the loss is the nat. A loss of 3.0 means that p is typically
-# exp(-3.0), 1 in 20; a loss of 0 would be certainty. exp(loss), here 20, is called the perplexity:
-# the model is as unsure as if it guessed among 20 tokens. A new model gives every token about 1 /
-# V, so its loss starts near ln V, 10.8 for GPT-2. A text longer than the context is measured window
-# by window. The first tokens of a window see little before them and are predicted worse, so to
-# measure exactly, let windows overlap and count only their later parts. (Our validation loss is
-# simpler: its windows don't overlap, and all positions count.)
+# With natural logarithms, the unit is the nat. A loss of 3.0 means that p is typically exp(-3.0), 1
+# in 20; 0 is certainty. exp(loss), here 20, is the perplexity: the model is as unsure as if it
+# guessed among 20 tokens. A new model gives every token about 1 / V, so its loss starts near ln V,
+# 10.8 for GPT-2. Text longer than the context is measured in windows. Their first tokens see little
+# and are predicted worse. To measure exactly, let windows overlap and count only later parts.
 def cross_entropy(logits, targets):
     """The mean of -log softmax(logits)[target], in nats, a scalar; logits (..., V), targets (...).
 
-    By the definition of softmax, -log p is the logarithm of the sum of all exp(logit), called
-    logsumexp, minus the target's logit. The gradient of a logit is its token's probability (for the
-    target's logit, that probability minus 1), divided by the number of predictions. All these
-    gradients are 0 once the target has probability 1."""
+    By softmax's definition, -log p is the logarithm of the sum of all exp(logit), logsumexp, minus
+    the target's logit. A logit's gradient is its token's probability (minus 1 for the target),
+    divided by the number of predictions. All are 0 once the target has probability 1."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # 16 bits are too coarse
     chosen = logits.gather(dim=-1, index=targets.unsqueeze(-1)).squeeze(-1)  # (B, T, V) -> (B, T)
     return (logits.logsumexp(dim=-1) - chosen).mean()
@@ -482,30 +455,27 @@ def cross_entropy(logits, targets):
 
 # ==================================================================================================
 # 4 Data
-# A text is stored as bytes, numbers from 0 to 255: an English letter takes one byte, an é two, most
+# A text is stored as bytes, numbers from 0 to 255: an English letter takes one, an é two, most
 # emoji four. With a token for each byte, a model could write any text in any language. But texts
-# would be long, and a model sees only so many tokens at once. So byte-pair encoding (BPE) turns the
-# most frequent pair of neighbours into a new token, again and again, until the vocabulary is large
-# enough. GPT-2's has the 256 bytes, 50,000 merged pairs, and <|endoftext|>.
+# would take many tokens, and a model sees only so many at once. So byte-pair encoding (BPE) turns
+# the most frequent pair of neighbours into a new token, again and again. GPT-2's vocabulary has the
+# 256 bytes, 50,000 merged pairs, and <|endoftext|>.
 #
-# Merging never crosses a word boundary. Otherwise "dog.", "dog!" and "dog?" would each become a
-# token, and the model would have to learn "dog" three times. "I'd say 42!" is first cut into the
-# words  "I"  "'d"  " say"  " 42"  "!". A space belongs to the word after it, so " say" and "say"
-# are different tokens. (GPT-2's own files show this space as Ġ.) Source: GPT-2 paper, 2.2;
-# src/encoder.py.
+# Merging never crosses a word boundary. Otherwise "dog.", "dog!" and "dog?" could each become a
+# token, and the model would learn "dog" three times. "I'd say 42!" is cut into the words  "I"  "'d"
+# " say"  " 42"  "!". A space belongs to the word after it, so " say" and "say" are different
+# tokens. (GPT-2's own files show this space as Ġ.) Source: GPT-2 paper, 2.2; src/encoder.py.
 #
-# <|endoftext|> marked the end of each document that GPT-2 was trained on. When a model writes it,
-# the text has ended; a model that never saw it in training hardly ever writes it. There is no start
-# token. If the prompt is empty, we feed <|endoftext|>, which says "a new text begins". Documents of
-# different lengths are joined with it and cut into equal windows, so training needs no padding
-# token. Tokens can attend across it, so the model has to learn that what came before doesn't
-# matter. In a text or prompt, the 13 characters <|endoftext|> stand for this token. (Other
-# libraries raise an error until you say whether you mean this token or plain text, which would be
-# several ordinary tokens.)
+# <|endoftext|> marked the end of each document in GPT-2's training. When a model writes it, the
+# text has ended. A model that never saw it rarely writes it. There is no start token: for an empty
+# prompt, we feed <|endoftext|>. Documents of different lengths are joined with it and cut into
+# equal windows, so training needs no padding token. Tokens can attend across it, so the model must
+# learn to ignore what came before. In a text or prompt, <|endoftext|> stands for this token. (Other
+# libraries raise an error until you choose this token or plain text, which is several ordinary
+# tokens.)
 END_OF_TEXT = "<|endoftext|>"
-# The alternatives, in order: endings, as in I'm; a run of letters (\p{L}), of digits (\p{N}) or of
-# other signs, together with a space before it, if there is one; then white space. \s+(?!\S) stops
-# one character before a word: a space then joins the word.
+# In order: endings, as in I'm; a run of letters (\p{L}), of digits (\p{N}) or of other signs, with
+# a space before it, if any; white space. \s+(?!\S) leaves a word the space before it.
 WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 STORY = str(Path(globals().get("__file__", "gpt.py")).resolve().with_name("the-verdict.txt"))
 
@@ -514,17 +484,16 @@ def train_bpe(text, vocab_size):
     """Learn a vocabulary, {token as bytes: its number}: the 256 bytes, then merged pairs, up to
     vocab_size or until no pair is left. Raises UserError if vocab_size is below 256.
 
-    The text " hug hug hugs pug" has the words " hug" (twice), " hugs" and " pug":
+    In the text " hug hug hugs pug", for example:
 
         the most frequent pair   u g, 4 times             becomes token 256, "ug"
         then                     h ug, 3 times            becomes token 257, "hug"
         then                     a space and hug, 3 times, becomes token 258, " hug"
 
-    At the second step, the pair of a space and h also occurs 3 times; of equally frequent pairs,
-    the one that is last in byte order wins. A new text is cut into words and bytes in the same way.
-    Then its pairs are merged in the order in which they were learned: " hugging" becomes " hug" g i
-    n g. Source: Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword
-    Units", algorithm 1."""
+    At the second step, a space and h also occur 3 times. Of equally frequent pairs, the last in
+    byte order wins. A new text is cut into words and bytes in the same way. Then its pairs are
+    merged in the order they were learned: " hugging" becomes " hug" g i n g. Source: Sennrich et
+    al. 2016, "Neural Machine Translation of Rare Words with Subword Units", algorithm 1."""
     check("vocab_size", vocab_size, int, low=256)
     counts = collections.Counter()  # {word: how often it occurs}
     for document in text.split(END_OF_TEXT):
@@ -563,8 +532,7 @@ def merge_pair(tokens, pair):
 
 
 def make_tokenizer(ranks):
-    """The tiktoken.Encoding of {token as bytes: its number}, with <|endoftext|> as the last
-    token."""
+    """The tiktoken.Encoding of {token as bytes: its number}, with <|endoftext|> added."""
     special = {END_OF_TEXT: len(ranks)}
     return tiktoken.Encoding("gpt.py", pat_str=WORDS, mergeable_ranks=ranks, special_tokens=special)
 
@@ -572,7 +540,7 @@ def make_tokenizer(ranks):
 def load_tokenizer(name=None, text=None):
     """GPT-2's tokenizer (name "gpt2"), or a new one with N tokens, learned from the text (name N).
     tiktoken downloads GPT-2's vocabulary the first time. If that fails and no name was given, we
-    learn 1,024 tokens from the text and say so. Raises UserError if that isn't possible either."""
+    learn 1,024 tokens. Raises UserError if that isn't possible either."""
     if name in (None, "gpt2"):
         try:
             return tiktoken.get_encoding("gpt2")
@@ -588,67 +556,51 @@ def load_tokenizer(name=None, text=None):
     return make_tokenizer(train_bpe(text, size - 1))  # one number is left for <|endoftext|>
 
 
-def encode(tokenizer, text, source):
-    """The tokens of a text, as an array. source: what an error calls the text."""
-    try:
-        return tokenizer.encode_to_numpy(text, allowed_special="all")
-    except ValueError as error:  # tiktoken gives up on a million spaces in a row
-        raise UserError(f"{source} has too many spaces in a row ({error})") from error
-
-
 def clean_text(text, source):
-    """Bytes or a str from outside, as a str: lines end in \\n, a byte-order mark is dropped. Raises
-    UserError, naming the source, if it isn't UTF-8."""
-    if isinstance(text, bytes):
-        text = text.decode("utf-8", errors="surrogateescape")
-    wrong = regex.search(r"[\0\ud800-\udfff]", text)  # a zero byte, or one that isn't UTF-8
+    """The text with lines that end in \\n and no byte-order mark. Raises UserError if it isn't
+    UTF-8 (Python reads invalid bytes as \\ud800 to \\udfff) or has a million spaces in a row."""
+    wrong = regex.search(r"[\0\ud800-\udfff]|(?<!\s)\s{900000}", text)
     if wrong:
-        problem = (
-            f"{source} isn't UTF-8 text: character {wrong.start():,} is a zero or invalid byte"
-        )
-        raise UserError(f"{problem}; convert the text first")
+        problem = f"character {wrong.start():,} is a zero or invalid byte, or begins endless spaces"
+        raise UserError(f"{source} isn't UTF-8 text: {problem}; convert the text first")
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_data(path):
     """The text of a UTF-8 file, or the tokens of a .bin: little-endian uint16 (50,257 is below
-    65,536), mapped into memory, so the file can be larger than the memory. Raises UserError if it
-    can't be read."""
+    65,536), mapped, so the file can be larger than the memory. None: the story. Raises UserError if
+    it can't be read."""
+    path = path or STORY
     try:
         if path.endswith(".bin"):
             return np.memmap(path, dtype="<u2", mode="r")
-        data = Path(path).read_bytes()
+        text = Path(path).read_text(encoding="utf-8", errors="surrogateescape")
     except (OSError, ValueError) as error:  # ValueError: an empty .bin, or half a token
-        reason = getattr(error, "strerror", None) or error
-        advice = "it takes one file: a text (cat a.txt b.txt > c.txt joins two) or a .bin"
-        raise UserError(f"--data {path} can't be read ({reason}); {advice}") from error
-    return clean_text(data, f"--data {path}")
+        problem = f"--data {path} can't be read: {error}"
+        raise UserError(f"{problem}; it takes one file, a text or a .bin") from error
+    return clean_text(text, f"--data {path}")
 
 
 def check_tokens(tokens, path, vocab_size):
-    """Raise UserError if a .bin file isn't what it claims to be. This reads all of it, once."""
+    """Raise UserError if a .bin doesn't hold GPT-2's tokens. This reads all of it, in pieces."""
     largest = 0
-    for start in range(0, len(tokens), 2**24):  # in pieces, which need little memory
+    for start in range(0, len(tokens), 2**24):
         piece = np.fromfile(path, dtype="<u2", count=2**24, offset=2 * start)
         largest = max(largest, int(piece.max()))
-    if tokens[:2].tobytes() == (20240520).to_bytes(4, "little"):
-        problem = f"has llm.c's header; cut it off: tail -c +1025 {shlex.quote(path)} > new.bin"
-    elif len(tokens) > 1 and not tokens[1:2000:2].any():
-        problem = "has a zero in every second place; save it as uint16, not uint32"
-    elif largest >= vocab_size:
-        problem = f"has token {largest}, but the model's vocabulary has only {vocab_size}"
-    elif largest < 256 and Path(path).with_name("meta.pkl").exists():
-        problem = "has characters, not GPT-2's tokens; use the text it was made from"
-    else:
-        return
-    raise UserError(f"--data {path} {problem}")
+    advice = "it must hold GPT-2's tokens as uint16, without a header"
+    if largest >= vocab_size:
+        problem = f"has token {largest:,}, but the model knows only {vocab_size:,}"
+        raise UserError(f"--data {path} {problem}; {advice}")
+    if len(tokens) > 1 and not tokens[1:2000:2].any():
+        raise UserError(f"--data {path} has a zero in every second place, like uint32; {advice}")
+    if largest < 256 and Path(path).with_name("meta.pkl").exists():
+        raise UserError(f"--data {path} holds characters, as its meta.pkl shows; {advice}")
 
 
 # A window has an input, context_length tokens of the text, and a target, the same tokens shifted by
 # one: at each position, the token that comes next. (Some libraries take the same tokens twice and
 # shift them inside the loss. Without any shift, the model would only learn to copy.) The stride is
-# the distance from one window to the next. With a context of 4 and a stride of 2, the first two
-# windows are
+# the distance from one window to the next. With context 4 and stride 2, the first two windows are
 #
 #     text               I     HAD      always    thought   Jack     Gis     burn
 #     window 0, input    I     HAD      always    thought
@@ -656,13 +608,12 @@ def check_tokens(tokens, path, vocab_size):
 #     window 1, input                   always    thought   Jack     Gis
 #               target                  thought   Jack      Gis      burn
 #
-# If windows lay back to back (stride equal to the context), the model would see each token at one
-# position only, always after the same text. A smaller stride makes windows overlap. With a stride
-# of 1, neighbouring windows are nearly equal, so a large number of them teaches little more than a
-# few would. (Others draw windows at any offset, which is the same as a stride of 1.)
+# Back to back (stride equal to the context), windows would show each token at only one position,
+# always after the same text. A smaller stride makes them overlap. With stride 1, neighbours are
+# nearly equal, so many teach little more than a few. (Random offsets amount to stride 1.)
 class SlidingWindows(Dataset):
     """Item i is (input, target), each int64 (context_length,), from token i * stride on. tokens: a
-    tensor, an array or a numpy.memmap, of which only the item's part is read."""
+    tensor, array or numpy.memmap, read only where needed."""
 
     def __init__(self, tokens, context_length, stride):
         self.tokens = tokens
@@ -682,16 +633,14 @@ class SlidingWindows(Dataset):
 
 
 def make_windows(data, tokenizer, config, options):
-    """(windows to train on, windows for validation) from a text or a .bin's tokens. Validation gets
-    the end of the text, because random windows would overlap with those trained on. It has at most
-    about 64 windows; an end that is shorter than a window becomes one short window. Raises
-    UserError if there's nothing to train on."""
+    """(training windows, validation windows) from a text or tokens. Validation gets the text's end,
+    at most about 64 windows. (Random windows would overlap with those trained on.) An end shorter
+    than a window becomes one short window. Raises UserError if no window is left to train on."""
     if isinstance(data, str):
-        tokens = encode(tokenizer, data, f"--data {options.data or STORY}")
+        tokens = tokenizer.encode_to_numpy(data, allowed_special="all")
     else:
         tokens = data
-        if RANK == 0:  # only the first of several processes (section 5)
-            check_tokens(tokens, options.data, config.vocab_size)
+        check_tokens(tokens, options.data, config.vocab_size)
     context = options.context or config.context_length
     check("--context", context, int, high=config.context_length)
     val_count = int(len(tokens) * options.val_fraction)
@@ -706,7 +655,7 @@ def make_windows(data, tokenizer, config, options):
 
 # ==================================================================================================
 # 5 Training
-# Everything a GPT knows, it has learned by repeating five lines, each time with a new batch:
+# A GPT learns by repeating five lines, each time with a new batch:
 #
 #     loss = cross_entropy(model(inputs), targets)   forward: how badly does it predict this batch?
 #     loss.backward()                                the gradient: how would a small change of each
@@ -715,9 +664,9 @@ def make_windows(data, tokenizer, config, options):
 #     optimizer.step()                               move each parameter a bit against its gradient
 #     optimizer.zero_grad()                          clear the gradient
 #
-# backward() walks through the model from end to beginning, by the chain rule: the gradient of a
-# layer's input is the gradient of its output times the layer's own derivative. backward() adds to
-# the gradients already there. Without zero_grad(), a step would also follow all earlier batches.
+# backward() goes from end to beginning by the chain rule: the gradient of a layer's input is the
+# gradient of its output times the layer's derivative. The new gradients are added to the old ones.
+# Without zero_grad(), a step would also follow all earlier batches.
 @dataclass
 class TrainOptions(Options):
     """The options of `train` and their defaults; brackets say what None stands for. From Python:
@@ -748,7 +697,7 @@ class TrainOptions(Options):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.data is not None:  # so that a run can be resumed from another folder
+        if self.data is not None:  # to resume from another folder
             self.data = os.path.abspath(self.data)
         if self.learning_rate is None:  # large steps would destroy what GPT-2 has learned
             self.learning_rate = 3e-5 if self.gpt2 else 1.2e-3
@@ -758,20 +707,20 @@ class TrainOptions(Options):
 
 
 # The optimizer is AdamW (Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization"). For
-# each parameter it keeps two numbers: the running mean of its gradients, and that of their squares.
-# A step moves the parameter against the first mean, by the learning rate times that mean divided by
+# each parameter it keeps two numbers: the running means of its gradients and of their squares. A
+# step moves the parameter against the first mean, by the learning rate times that mean divided by
 # the square root of the second. So a parameter moves by about the learning rate, however large its
-# gradients are. If they keep changing sign, it hardly moves. (Both means start at 0, and AdamW
-# corrects for that. An epsilon of 1e-8 keeps the divisor from being 0.)
+# gradients are. If they keep changing sign, it hardly moves. (AdamW corrects for the means' start
+# at 0. An epsilon of 1e-8 keeps the divisor above 0.)
 #
-# Weight decay, the W, also pulls matrices and embeddings towards 0 in each step: a weight stays
-# large only if the data keeps asking for it. Biases and LayerNorm weights aren't decayed. They are
-# too few to learn a text by heart, and a LayerNorm with weights near 0 would pass on only its bias.
+# Weight decay, the W, pulls matrices and embeddings towards 0: a weight stays large only if the
+# data keeps asking for it. Biases and LayerNorm weights aren't decayed. They are too few to learn a
+# text by heart, and a LayerNorm with weights near 0 would pass on only its bias.
 def make_optimizer(model, weight_decay):
-    """AdamW. Each step updates its running means: mean = beta * mean + (1 - beta) * new number. The
-    mean of the gradients has beta 0.9 and covers roughly the last 10 steps; that of their squares
-    has 0.95 and covers the last 20. fused: PyTorch's fast version. Source: Brown et al. 2020,
-    "Language Models are Few-Shot Learners", appendix B."""
+    """AdamW. Each step updates its means: mean = beta * mean + (1 - beta) * new number. With beta
+    0.9, the mean of the gradients covers about the last 10 steps. With 0.95, that of their squares
+    covers 20. fused=True is PyTorch's fast version. Source: Brown et al. 2020, "Language Models are
+    Few-Shot Learners", appendix B."""
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
@@ -781,11 +730,10 @@ def make_optimizer(model, weight_decay):
 def learning_rate(step, options):
     """The learning rate of step 1, 2, ..., options.steps. Source: Brown et al. 2020, appendix B.
 
-    In the first --warmup steps it rises evenly to --learning-rate: at first, AdamW's means rest on
-    only a few gradients, and full steps could go badly wrong. (We count steps from 1. From 0, the
-    first step would have a rate of 0 and be wasted.) After the warm-up, the rate falls along half a
-    cosine to a tenth: large steps get near a minimum of the loss, small ones then settle into
-    it."""
+    In the first --warmup steps it rises evenly to --learning-rate: early on, AdamW's means rest on
+    few gradients, and full steps could go badly wrong. (We count steps from 1. From 0, the first
+    step would have rate 0 and be wasted.) After the warm-up, the rate falls along half a cosine to
+    a tenth: large steps get near a minimum of the loss, small ones then settle into it."""
     if step <= options.warmup:
         return options.learning_rate * step / options.warmup
     progress = (step - options.warmup) / (options.steps - options.warmup)  # 1 in the last step
@@ -793,46 +741,43 @@ def learning_rate(step, options):
     return options.learning_rate * (0.1 + 0.9 * cosine)
 
 
-# Clipping. An unusual batch can have a gradient many times longer than usual, which would dominate
-# AdamW's means for many steps. Its length, the norm, is the root of the sum of all squares. If the
-# norm exceeds --clip, the gradient is scaled down to that length. Source: Pascanu et al. 2013, "On
-# the difficulty of training recurrent neural networks".
+# Clipping. A gradient many times longer than usual would dominate AdamW's means for many steps. Its
+# length, the norm, is the root of the sum of all squares. If the norm exceeds --clip, the gradient
+# is scaled down to that length. Source: Pascanu et al. 2013, "On the difficulty of training
+# recurrent neural networks".
 #
 # Accumulation. A batch too large for memory can be read in micro-batches. If each loss is divided
 # by their number, their gradients add up to the gradient of the whole batch. (Undivided, they would
 # be too long. AdamW would hardly notice, since it divides by their size, but clipping would.)
 # --batch-size 4 --accumulate 2 gives the same steps as --batch-size 8 (only the dropout masks
-# differ). It needs half the memory for what forward keeps, and somewhat more time.
+# differ). It takes half the memory for what forward keeps and somewhat more time.
 #
-# 16 bits. GPUs multiply 16-bit numbers many times as fast as 32-bit ones. Under "autocast", matrix
+# 16 bits. GPUs multiply 16-bit numbers much faster than 32-bit ones. Under "autocast", matrix
 # products run in 16 bits. The stream, LayerNorms, the loss, parameters, their gradients and AdamW's
 # means stay in float32 (Micikevicius et al. 2018, "Mixed Precision Training"). bfloat16 has the
-# range of float32 but few digits. float16 has more digits but a small range, 6e-8 to 65,504. So
-# training on CUDA GPUs uses bfloat16 if the GPU has it, and sampling uses float16 for its digits.
+# range of float32 but few digits. float16 has more digits but a small range, 6e-8 to 65,504. So on
+# CUDA GPUs, training uses bfloat16 if the GPU has it, and sampling uses float16 for its digits.
 #
-# If training has to use float16, tiny gradients become 0 unless something is done. So a scaler
-# multiplies the loss by a large scale factor, which multiplies every gradient, too. The scaler
-# divides the parameters' gradients by that factor before they are clipped. If a gradient overflows,
-# it becomes inf or NaN (inf - inf). Then the scaler skips the step and halves the factor. After
-# 2,000 good steps, it doubles the factor. If a number in the forward pass exceeds 65,504, the loss
-# itself can become NaN. No scaler helps against that: the run stops. bfloat16, with the range of
-# float32, needs no scaler.
+# In float16, tiny gradients become 0. So a scaler multiplies the loss, and thus every gradient, by
+# a large scale factor. Before clipping, the scaler divides gradients by this factor. An overflowing
+# gradient becomes inf or NaN (inf - inf). Then the scaler skips the step and halves the factor.
+# After 2,000 good steps, it doubles the factor. If a number in the forward pass exceeds 65,504, the
+# loss can become NaN. No scaler helps: the run stops. With its range, bfloat16 needs no scaler.
 #
-# Several processes, one for each GPU, hold the same model and optimizer, but read different windows
+# Several processes, one for each GPU, hold the same model and optimizer but read different windows
 # (`torchrun --nproc_per_node=2 gpt.py train` starts two). DistributedDataParallel (DDP) averages
 # their gradients, so the models stay the same. Sending gradients takes time, so DDP does it only
 # after the last micro-batch, when they are complete.
 RANK = int(os.environ.get("RANK", "0"))  # torchrun numbers the processes from 0
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))  # the number within one machine
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # how many processes there are
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # how many processes
 
 
 def prepare(model, options):
     """The model as training_step() calls it: for several processes, and compiled on request."""
-    if options.compile and model.token_embedding.is_cpu:
-        compilers = (os.environ.get("CXX", "g++"), "clang++", "cl")
-        if not any(shutil.which(name) for name in compilers):
-            raise UserError("--compile needs a C++ compiler, such as g++: install one, or omit it")
+    compilers = ("g++", "clang++", "cl", os.environ.get("CXX", "g++"))
+    if options.compile and not any(shutil.which(name) for name in compilers):
+        raise UserError("--compile needs a C++ compiler, such as g++: install one, or omit it")
     if WORLD_SIZE > 1:
         if "MASTER_ADDR" not in os.environ:
             raise UserError(f"WORLD_SIZE is {WORLD_SIZE}: start with torchrun, or unset it")
@@ -842,9 +787,8 @@ def prepare(model, options):
 
 
 def training_step(model, batches, optimizer, scaler, autocast, clip):
-    """One optimizer step on one or more micro-batches; returns the mean loss over all processes.
-    Raises UserError, before any parameter changes, if the loss isn't finite, or, without a scaler,
-    if the gradient isn't finite."""
+    """One step on micro-batches; returns the mean loss over all processes. Raises UserError, before
+    parameters change, if the loss or (without a scaler) the gradient isn't finite."""
     total = 0.0
     for number, (inputs, targets) in enumerate(batches, start=1):
         if WORLD_SIZE > 1:
@@ -870,11 +814,11 @@ def training_step(model, batches, optimizer, scaler, autocast, clip):
 def draw_batches(windows, step, options, device):
     """The windows of a step, as micro-batches [(inputs, targets), ...], (B, T) each.
 
-    They are drawn at random, because a batch read in order would show only one passage, and with
-    replacement, so that no state has to be saved. With unchanged options, they depend on the seed
-    and the step alone, so a resumed run draws exactly the same batches as an uninterrupted one.
-    Process r of N takes window r and every N-th after it. (Another seed changes the windows,
-    dropout masks and first parameters, but not the data or its split.)"""
+    They're drawn at random, because a batch read in order would show only one passage, and with
+    replacement, so no state has to be saved. They depend only on seed and step, so a resumed run
+    draws the same batches as an uninterrupted one. Process r of N takes window r and each N-th
+    after it. (Another seed changes windows, dropout masks and first parameters, not the data or its
+    split.)"""
     rng = np.random.default_rng((options.seed, step))
     count = options.batch_size * options.accumulate * WORLD_SIZE
     numbers = rng.integers(len(windows), size=count)[RANK::WORLD_SIZE]
@@ -884,7 +828,7 @@ def draw_batches(windows, step, options, device):
 
 @torch.no_grad()
 def evaluate(model, windows, batch_size, autocast):
-    """The mean loss over all these windows, without dropout. no_grad: keep nothing for backward."""
+    """The mean loss over all windows, without dropout. no_grad: keep nothing for backward."""
     model.eval()
     device = model.token_embedding.device
     total = 0.0
@@ -895,42 +839,39 @@ def evaluate(model, windows, batch_size, autocast):
     return total / len(windows)
 
 
-# Time. For each token, nearly every one of the P parameters takes part in a multiplication and an
-# addition: 2 operations. backward does that twice more, for the gradients of the weight and of its
-# input: 6 P in all. In each block, attention takes 2 T C operations for a token's scores, and 2 T C
-# for the mean of the values. backward takes twice their sum, 8 T C. That makes 12 T C in each
-# block. For 124M with T = 1,024, the parameters take 0.75 billion operations a token, and attention
-# in all 12 blocks takes 0.11 billion.
+# Time. For each token, nearly all P parameters take part in a multiplication and an addition: 2
+# operations. backward takes 4 more, for the gradients of the weight and of its input: 6 P in all.
+# In each block, a token's scores take 2 T C operations and the mean of the values another 2 T C.
+# backward takes twice as many: 12 T C in all. For 124M with T = 1,024, the parameters take 0.75
+# billion operations a token, and attention in all blocks 0.11 billion.
 #
 # Memory. A parameter takes 16 bytes: 4 each for itself, its gradient, and AdamW's two numbers. For
-# 124M, that's 2 GB. What forward keeps for backward comes on top, mostly in proportion to B T. The
-# logits alone, in float32, take 4 B T V bytes: 206 MB for a window of 1,024 tokens. If memory is
-# short, lower --batch-size and raise --accumulate, or shorten --context.
+# 124M, that's 2 GB. What forward keeps for backward is mostly in proportion to B T. The float32
+# logits alone take 4 B T V bytes: 206 MB for a window of 1,024 tokens. If memory is short, lower
+# --batch-size and raise --accumulate, or shorten --context.
 #
 # best.pt is the model with the lowest validation loss. checkpoint.pt is the latest model, with all
-# that --resume needs: AdamW's numbers, the scale factor, the step, the options, the log. So it's
-# three times as large as the weights. A resumed run may change every option except --context and
-# those that set the model's shape or vocabulary.
+# that --resume needs: AdamW's numbers, scale factor, step, options and log. So it's three times as
+# large as the weights. --resume may change all options except --context, shape and vocabulary.
 def train(options, run=None):
-    """Train a GPT and return it. run: (model, tokenizer, training_state) of a run to continue.
-    Raises UserError for what the user can fix."""
+    """Train a GPT and return it. run: (model, tokenizer, data, training_state) of a run to
+    continue. Raises UserError for what the user can fix."""
     device, dtype = choose_device(options, training=True)
     speed_up_training()  # section 9
-    if run is None and RANK == 0:
-        check_folder(options.out)
-    data = read_data(options.data or STORY)
-    model, tokenizer, state = run or new_run(options, data)
+    if run is None:
+        run = new_run(options)
+    model, tokenizer, data, state = run
     windows, validation = make_windows(data, tokenizer, model.config, options)
     model.to(device)
     optimizer = make_optimizer(model, options.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    if state["optimizer"]:
+    if "optimizer" in state:
         optimizer.load_state_dict(state["optimizer"])
         optimizer.param_groups[0]["weight_decay"] = options.weight_decay  # it may have changed
-    scaler.load_state_dict(state["scaler"] or scaler.state_dict())
+    if state.get("scaler"):  # not if the run was in another dtype
+        scaler.load_state_dict(state["scaler"])
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     learner = prepare(model, options)
-    checkpoint = Path(options.out, "checkpoint.pt")
     if RANK == 0:
         begin(options, state, model, tokenizer, windows)
 
@@ -939,7 +880,7 @@ def train(options, run=None):
         batches = draw_batches(windows, step, options, device)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, options)
-        model.train()  # dropout is on; its masks depend only on the seed, the step and the process
+        model.train()  # dropout is on; its masks depend only on seed, step and process
         seed = np.random.default_rng((options.seed, step, RANK + 1)).integers(2**62)
         torch.manual_seed(int(seed))
         loss = training_step(learner, batches, optimizer, scaler, autocast, options.clip)
@@ -961,25 +902,21 @@ def train(options, run=None):
         if last or step % options.save_every == 0:
             state["optimizer"] = optimizer.state_dict()
             state["scaler"] = scaler.state_dict()
-            save_checkpoint(checkpoint, model, tokenizer, state)
-            model.eval()  # dropout is off
+            save_checkpoint(Path(options.out, "checkpoint.pt"), model, tokenizer, state)
+            model.eval()
             write_text(model, tokenizer, options.prompt, max_new_tokens=40, temperature=0)
-        if last:
-            path = shlex.quote(str(checkpoint))
-            show(f"Try it: python gpt.py sample --checkpoint {path} --temperature 0")
     if WORLD_SIZE > 1:
-        del learner  # before the group ends, or a process sometimes aborts
+        del learner  # or a process sometimes aborts
         torch.distributed.destroy_process_group()
     return model.eval()
 
 
 # ==================================================================================================
 # 6 Decoding
-# If we always take the most probable token ("greedy"), the text soon runs in circles: after one
-# repetition, another is even more likely. If we draw each token with its probability, blunders
-# creep in: each of the thousands of unsuitable tokens is improbable, but one of them is drawn now
-# and then. Three settings offer a middle way (Holtzman et al. 2020, "The Curious Case of Neural
-# Text Degeneration").
+# If we always take the most probable token ("greedy"), the text runs in circles: one repetition
+# makes another more likely. If we draw each token with its probability, blunders creep in:
+# thousands of tokens are unsuitable, and now and then one of them is drawn. Three settings offer a
+# middle way (Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration").
 #
 # Temperature divides the logits. Since p is proportional to exp(logit), this raises p to the power
 # 1 / temperature. Below 1, the probable becomes more probable; 0 means greedy. Top-k keeps the k
@@ -987,9 +924,8 @@ def train(options, run=None):
 # most probable tokens until their probabilities sum to p: few where the model is sure, many where
 # it isn't. The probabilities that are kept are divided by their sum.
 #
-# The order is temperature, top-k, top-p. Each starts from the probabilities that the one before has
-# left. So top-p adds up the probabilities that are really used for drawing, not those from before
-# temperature and top-k. For example:
+# The order is temperature, top-k, top-p. Each starts from what the one before has left. So top-p
+# adds up the probabilities that are really used for drawing:
 #
 #     four tokens have the probabilities            0.40  0.30  0.20  0.10
 #     temperature 0.5: squared, divided by 0.30     0.53  0.30  0.13  0.03
@@ -1011,7 +947,7 @@ class SampleOptions(Options):
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draw the next token of each row: logits (B, V) -> int64 (B,). generator: a torch.Generator.
     None or 0 turns top_k or top_p off. Ties at the k-th place are all kept, as in src/sample.py."""
-    if temperature < 1e-6:  # 0, or so near that the division might overflow
+    if temperature < 1e-6:  # 0, or so near that dividing might overflow
         return logits.argmax(dim=-1)
     logits = logits.float() / temperature  # (B, V)
     if top_k and top_k < logits.shape[-1]:
@@ -1020,7 +956,7 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
     probabilities = torch.softmax(logits, dim=-1)  # (B, V)
     if top_p and top_p < 1:
         ordered, tokens = probabilities.sort(dim=-1, descending=True)
-        sum_before = ordered.cumsum(dim=-1) - ordered  # of all tokens that are more probable
+        sum_before = ordered.cumsum(dim=-1) - ordered  # of all more probable tokens
         ordered = ordered.masked_fill(sum_before >= top_p, 0.0)
         probabilities = probabilities.scatter(-1, tokens, ordered)  # back to the tokens' places
     # multinomial divides by the sum of what is left.
@@ -1028,30 +964,29 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
 
 
 # A new token attends to the keys and values of all tokens before it. Thanks to the mask, these
-# don't depend on later tokens, so they never change, and a cache can keep them. Then only one row,
-# the new token's, goes through the blocks, and the result is the same as if everything were
-# recomputed. (A prompt goes through as a whole, so it still needs the mask.) Queries aren't kept: a
-# query is used once, by its own token. In 124M, a token's keys and values are 2 n_layer C numbers,
+# don't depend on later tokens, so a cache can keep them. Then only one row, the new token's, goes
+# through the blocks, and the result is the same as recomputing everything. Queries aren't kept:
+# each is used once, by its own token. In 124M, a token's keys and values are 2 n_layer C numbers,
 # in float32 72 KiB. The buffers hold a full window, 72 MiB, from the start.
 #
-# A new token uses every weight, and each weight is read from memory for one multiplication and one
-# addition. So memory speed limits decoding, and 16-bit weights can make it twice as fast. In
-# training, a weight, read once, serves all B T rows of a batch: there, arithmetic is the limit.
+# For a new token, each weight is read from memory for one multiplication and one addition. So
+# memory speed limits decoding, and 16-bit weights can make it twice as fast. In training, a weight,
+# read once, serves all B T rows of a batch: there, arithmetic is the limit.
 class KVCache:
-    """The keys and values of the tokens read so far, for a batch of texts of the same length. GPT-2
-    has no padding token, so texts of different lengths are generated one by one."""
+    """The keys and values of the tokens read so far, for a batch of texts of one length. GPT-2 has
+    no padding token, so texts of different lengths are generated one by one."""
 
     def __init__(self, config):
         self.capacity = config.context_length
         self.keys = [None] * config.n_layer  # for each block, (B, H, capacity, D)
         self.values = [None] * config.n_layer
-        self.length = 0  # how many tokens it holds; GPT.forward keeps count
+        self.length = 0  # tokens it holds; GPT.forward keeps count
 
     def extend(self, layer, k, v):
         """Append a block's new keys and values, (B, H, T, D); returns all of them, (B, H, S, D)."""
         start = self.length
         end = start + k.shape[2]
-        if start == 0:  # these first ones fix the batch size, the device and the dtype
+        if start == 0:  # the first ones fix batch size, device and dtype
             B, H, _, D = k.shape
             self.keys[layer] = k.new_empty(B, H, self.capacity, D)
             self.values[layer] = v.new_empty(B, H, self.capacity, D)
@@ -1062,11 +997,10 @@ class KVCache:
 
 # A full window has no position for one more token. If we dropped just its first token, all others
 # would move to new positions and need new keys and values, again for every new token. So we keep
-# only the newest half window, the new token included, and read it again at positions 0, 1, ...
+# the newest half window, the new token included, and read it again at positions 0, 1, ...
 #     [ a b c d e f g h ] + i   becomes   [ f g h i . . . . ]
-# With 1,024 positions, this happens about once every 512 tokens, and rereading 512 tokens in one
-# pass costs far less than the 512 passes of one token that follow. The model forgets what was
-# dropped.
+# With 1,024 positions, this happens about every 512 tokens. One pass of 512 tokens costs far less
+# than 512 passes of one. The model forgets what was dropped.
 @torch.no_grad()
 def generate(
     model, prompt, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eos=None, seed=None
@@ -1074,16 +1008,15 @@ def generate(
     """Yield the next token of each row, int64 (B,), up to max_new_tokens times.
 
     prompt: int64 (B, T), of which the newest context_length tokens are read. Raises UserError if it
-    isn't such a tensor. A row that has produced eos, the end-of-text token, continues with eos;
-    once every row has produced eos, generate ends. Without a seed, the text differs each time."""
+    isn't such a tensor. A row that has produced eos, the end-of-text token, continues with eos.
+    Once every row has produced it, generate ends. Without a seed, the text differs each time."""
     if not isinstance(prompt, torch.Tensor) or prompt.dim() != 2 or prompt.numel() == 0:
         given = getattr(prompt, "shape", type(prompt).__name__)
         raise UserError(f"the prompt is {given}; it must be a non-empty tensor of tokens (B, T)")
     context_length = model.config.context_length
-    generator = torch.Generator(prompt.device)
-    generator.seed()  # a random seed
+    generator = None  # PyTorch's own, which starts differently each time
     if seed is not None:
-        generator.manual_seed(seed)
+        generator = torch.Generator(prompt.device).manual_seed(seed)
     window = prompt[:, -context_length:]  # (B, T)
     cache = KVCache(model.config)
     ended = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
@@ -1104,22 +1037,19 @@ def generate(
 
 
 def write_text(model, tokenizer, text, max_new_tokens, eos=None, **settings):
-    """Print a text and its continuation as it is generated; returns the number of new tokens. A
-    character of several bytes can be spread over several tokens. It's held back until complete:
-    decoded alone, each part would become a replacement character."""
-    tokens = encode(tokenizer, text, "the prompt").tolist()
-    if not tokens:
-        tokens = [tokenizer.eot_token]
+    """Print a text and its continuation; returns how many tokens are new. A character spread over
+    several tokens is held back until complete: alone, its parts print as replacement characters."""
+    tokens = tokenizer.encode(text, allowed_special="all") or [tokenizer.eot_token]
     prompt = torch.tensor([tokens], device=model.token_embedding.device)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    write = functools.partial(print, end="", flush=hasattr(sys.stdout, "flush"))
     count = 0
-    write(text)
+    print(text, end="", flush=True)
     for token in generate(model, prompt, max_new_tokens, eos=eos, **settings):
         if token.item() != eos:
-            write(decoder.decode(tokenizer.decode_single_token_bytes(token.item())))
+            new = decoder.decode(tokenizer.decode_single_token_bytes(token.item()))
+            print(new, end="", flush=True)
             count += 1
-    write(decoder.decode(b"", final=True) + "\n")
+    print(decoder.decode(b"", final=True))
     return count
 
 
@@ -1135,15 +1065,13 @@ def sample(options):
         model, tokenizer, state = load_checkpoint(path)
         if state:
             show(f"{path}, after {state['step']} steps")
-    # A model with a padded vocabulary (section 1) has rows that belong to no token. We cut them
-    # off, so that none of them can be drawn.
+    # A padded vocabulary (section 1) has rows of no token. We cut them off, so none can be drawn.
     model.token_embedding.data = model.token_embedding.data[: tokenizer.n_vocab]
     model.to(device, dtype)
     speed_up_decoding(model)  # section 9
     text = options.prompt
     if text == "-":
-        data = getattr(sys.stdin, "buffer", sys.stdin).read()
-        text = clean_text(data, "standard input").removesuffix("\n")
+        text = clean_text(sys.stdin.read(), "standard input").removesuffix("\n")
     settings = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
     settings["eos"] = None if options.ignore_eos else tokenizer.eot_token
     started = time.perf_counter()
@@ -1159,26 +1087,25 @@ def sample(options):
 
 # ==================================================================================================
 # 7 Weights
-# OpenAI published GPT-2 as a TensorFlow checkpoint. Its large file holds only the numbers of all
-# variables, in float32, without header or gap, in the alphabetical order of their names:
+# The large file of OpenAI's TensorFlow checkpoint holds only the float32 numbers of all variables,
+# without gaps, in alphabetical order of their names:
 #
 #     model/h0/attn/c_attn/b   model/h0/attn/c_attn/w   ...   model/h0/mlp/c_proj/w
 #     model/h1/...   model/h10/...   model/h11/...   model/h2/...   ...   model/h9/...
 #     model/ln_f/b   model/ln_f/g   model/wpe   model/wte
 #
-# So block 1 stands between model/h0/mlp/c_proj/w and model/h10/attn/c_attn/b. There is nothing for
-# the output head, which is tied to model/wte. (Copies of GPT-2 elsewhere also store the mask, as
-# attn.bias and attn.masked_bias. It isn't learned, so it can be dropped.)
+# So block 1 stands between model/h0/mlp/c_proj/w and model/h10/attn/c_attn/b. The output head isn't
+# there, because it is tied to model/wte. (Other copies of GPT-2 also store the mask, as attn.bias
+# and attn.masked_bias. It isn't learned and can be dropped.)
 #
-# The file is mapped into memory: our parameters are views of it, read from disk on first use.
-# Nothing is copied or computed, since OpenAI's matrices differ only in how we look at them:
+# Our parameters are views of the mapped file, read from disk on first use. Nothing is copied or
+# computed: OpenAI's matrices differ only in how we look at them:
 #
 #     nn.Linear             x Wᵀ + b     with W (out, in)
 #     OpenAI's conv1d()     x w + b      with w (in, out)
 #
-# So W is wᵀ, and .t() gives it without moving a number: a view with rows and columns exchanged. In
-# c_attn, query, key and value stand side by side: each takes a third of w's columns, which are W's
-# rows. The two embeddings are tables like ours, and stay as they are.
+# So W is w.t(), a view with rows and columns exchanged. No number moves. In c_attn, query, key and
+# value each take a third of w's columns, which are W's rows. The embeddings stay as they are.
 GPT2_FILE = "model.ckpt.data-00000-of-00001"
 GPT2_NAMES = {  # OpenAI's name and ours, in each block
     "ln_1": ["norm_1"],
@@ -1192,8 +1119,7 @@ GPT2_NAMES = {  # OpenAI's name and ours, in each block
 
 def load_gpt2(path, config, **changes):
     """OpenAI's GPT, from its file. changes: config fields to replace. Raises UserError if the
-    file's length doesn't match the config. The names, here without "model/", come from
-    src/model.py."""
+    file's length doesn't match the config. The names are from src/model.py."""
     config = replace(config, **changes)
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
@@ -1254,7 +1180,7 @@ def open_gpt2(options, **changes):
             except Exception as error:  # a network has many ways to fail
                 advice = "check --gpt2-url, which begins with https://, or try again"
                 raise UserError(f"can't download {url} ({error}); {advice}") from error
-            os.replace(new, path)  # the file gets its name only when it is complete
+            os.replace(new, path)
     return load_gpt2(path, config), tokenizer
 
 
@@ -1264,10 +1190,8 @@ FORMAT = 3  # of checkpoints
 
 
 def save_checkpoint(path, model, tokenizer, training_state=None):
-    """Write a model and its tokenizer. If the process is killed, or if the disk is full, the old
-    file survives."""
-    # Copies, because torch.save would store all of OpenAI's file for a parameter that is a view of
-    # it.
+    """Write a model and its tokenizer. If that fails midway, the old file survives."""
+    # Copies: for a parameter that views OpenAI's file, torch.save would store the whole file.
     weights = {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
     content = {
         "format": FORMAT,
@@ -1282,7 +1206,7 @@ def save_checkpoint(path, model, tokenizer, training_state=None):
         with open(temporary, "wb") as file:
             torch.save(content, file)
             file.flush()
-            os.fsync(file.fileno())  # it must be on the disk before it gets its name
+            os.fsync(file.fileno())  # on the disk before it gets its name
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)
@@ -1290,20 +1214,20 @@ def save_checkpoint(path, model, tokenizer, training_state=None):
 
 
 def load_checkpoint(path, mapped=True, **changes):
-    """(model, tokenizer, training_state or None). changes: config fields to replace. mapped: the
-    weights are read on demand, so don't replace the file while the model is in use. Raises
-    UserError if the file is damaged or foreign. Code hidden in the file is never run."""
+    """(model, tokenizer, training_state or None). changes: config fields to replace. mapped:
+    weights are read on demand, so don't replace the file meanwhile. Raises UserError if the file is
+    damaged or foreign. Code hidden in it is never run."""
     if os.path.isdir(path):
         path = Path(path, "checkpoint.pt")
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # compares checksums, which torch.load doesn't do
+            damaged = archive.testzip()  # compares checksums; torch.load doesn't
         content = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
         if damaged or content["format"] != FORMAT:
             raise ValueError(damaged)
         config = GPTConfig(**content["config"] | changes)
         ranks = {token: rank for rank, token in enumerate(content["vocabulary"])}
-    except Exception as error:  # zipfile and PyTorch have many names for a wrong file
+    except Exception as error:  # a wrong file fails in many ways
         problem = f"{path} is missing, damaged, or not a checkpoint of this gpt.py"
         raise UserError(f"{problem} ({type(error).__name__})") from error
     model = model_from(config, content["weights"])  # a bug in GPT keeps its traceback
@@ -1327,22 +1251,21 @@ def choose_device(options, training):
     return torch.device(name), getattr(torch, dtype)
 
 
-def check_folder(out):
-    """Raise UserError if the folder of a new run already holds a run, or can't be written to."""
+def new_run(options):
+    """(model, tokenizer, data, training_state) of a new run. Raises UserError if --out already
+    holds a run or can't be written to."""
+    out = options.out
     for name in ("checkpoint.pt", "best.pt", "log.csv"):
         if Path(out, name).exists():
             advice = "add --resume to continue it, or name another --out"
             raise UserError(f"{out} already holds a run ({name}); {advice}")
     if os.path.exists(out) and not (os.path.isdir(out) and os.access(out, os.W_OK)):
         raise UserError(f"--out {out} isn't a folder that can be written to; name another one")
-
-
-def new_run(options, data):
-    """(model, tokenizer, training_state) of a new run, with a new model or OpenAI's."""
+    data = read_data(options.data)
     if options.gpt2:
         model, tokenizer = open_gpt2(options, dropout=options.dropout, by_hand=options.by_hand)
     else:
-        # With several processes, one that is offline must not learn a vocabulary of its own.
+        # With several processes, an offline one must not learn its own vocabulary.
         name = options.tokenizer or ("gpt2" if WORLD_SIZE > 1 else None)
         tokenizer = load_tokenizer(name, data if isinstance(data, str) else None)
         config = GPT2_CONFIGS.get(options.size, SMALL_CONFIG)
@@ -1352,15 +1275,14 @@ def new_run(options, data):
         config = replace(config, vocab_size=tokenizer.n_vocab, by_hand=options.by_hand, **given)
         torch.manual_seed(options.seed)  # for the parameters
         model = GPT(config)
-    state = dict.fromkeys(("windows", "optimizer", "scaler"))  # None at first
-    return model, tokenizer, state | {"step": 0, "best_val_loss": math.inf, "log": []}
+    return model, tokenizer, data, {"step": 0, "best_val_loss": math.inf, "log": []}
 
 
 def resume(out="out", **given):
-    """Continue the run in a folder, with its own options except for those given; returns the model.
-    Raises UserError for options that would change the model."""
+    """Continue a run with its own options, except for those given; returns the model. Raises
+    UserError if one would change the model."""
     path = Path(out, "checkpoint.pt").expanduser()
-    # Not mapped, because this run will replace the file.
+    # Not mapped, because this run replaces the file.
     model, tokenizer, state = load_checkpoint(path, mapped=False)
     if state is None:
         raise UserError(f"{path} is only a model; there is no run to continue")
@@ -1372,15 +1294,16 @@ def resume(out="out", **given):
     if options.steps <= state["step"]:
         raise UserError(f"{path} has taken all {state['step']} steps; give it more with --steps")
     config = replace(model.config, dropout=options.dropout, by_hand=options.by_hand)
-    return train(options, (model_from(config, model.state_dict()), tokenizer, state))
+    model = model_from(config, model.state_dict())
+    return train(options, (model, tokenizer, read_data(options.data), state))
 
 
 def begin(options, state, model, tokenizer, windows):
     """Show what is trained, and rewrite log.csv from the rows stored in the checkpoint. A new run
-    gets a checkpoint at once, so that --resume always works."""
+    is saved at once, so that --resume always works."""
     size = sum(parameter.numel() for parameter in model.parameters())
     show(f"{size:,} parameters learn from {len(windows):,} windows of {windows.context_length}")
-    if state["windows"] not in (None, len(windows)):
+    if state.get("windows", len(windows)) != len(windows):
         show(f"(There were {state['windows']:,} before: the data or an option has changed.)")
     state["windows"] = len(windows)
     state["options"] = asdict(options)
@@ -1412,8 +1335,7 @@ def show(line, keep=True):
     in_terminal = hasattr(sys.stderr, "isatty") and sys.stderr.isatty()
     if keep or in_terminal:
         line = f"{line:79}" if in_terminal else line
-        flush = hasattr(sys.stderr, "flush")
-        print(line, end="\n" if keep else "\r", file=sys.stderr, flush=flush)
+        print(line, end="\n" if keep else "\r", file=sys.stderr, flush=True)
 
 
 USAGE = """gpt.py train|sample [options]; add --help to either to see its options
@@ -1446,7 +1368,7 @@ def main(argv=None):
     """Run a command. An error the user can fix ends with one line and SystemExit(2)."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # to UTF-8, whatever the system's code page
-            stream.reconfigure(encoding="utf-8", errors="replace")
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     given = vars(make_parser().parse_args(argv))
     command = given.pop("command")
     try:
@@ -1456,14 +1378,13 @@ def main(argv=None):
             return resume(**given)
         return train(TrainOptions(**given))
     except BrokenPipeError:
-        # Nobody reads our output any more, as after `| head`. Discard what Python has buffered.
+        # Nobody reads on, as after `| head`. Discard what Python has buffered.
         return os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         message = "stopped"
+        if command == "train":
+            message += "; --resume continues from the last checkpoint, if there is one"
         status = 130
-        path = Path(given.get("out", "out"), "checkpoint.pt").expanduser()
-        if command == "train" and path.exists():
-            message += "; --resume continues from the last checkpoint"
     except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         message = " ".join(str(error).split()) or "out of memory"
         status = 2
@@ -1473,18 +1394,14 @@ def main(argv=None):
 
 # ==================================================================================================
 # 9 Faster on a CPU
-# You can delete all this, and the two lines that call speed_up functions: results then differ only
-# by rounding.
+# You can delete this and the two calls of speed_up functions. Results differ only by rounding.
 def speed_up_training():
-    """glibc, the C library, returns large buffers to the system, and each step has to fetch them
-    again. So we tell glibc to keep them. For float32 products, PyTorch has two libraries. It uses
-    oneDNN, the faster one, only if we allow oneDNN to round to bfloat16. On most processors, oneDNN
-    computes in float32 all the same. To be sure, we multiply by the identity matrix: if that
-    changes a number, it was rounded, and we undo the setting."""
+    """Tell glibc, the C library, to keep large buffers, not fetch them anew each step. Let PyTorch
+    multiply float32 matrices with oneDNN, its faster library, which may round to bfloat16. If
+    multiplying by the identity matrix changes a number, oneDNN rounds: undo the setting."""
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**25)  # -3: M_MMAP_THRESHOLD in malloc.h; an older glibc takes no more
-        mallopt(-3, 2**30)  # more, if it is allowed
+        mallopt(-4, 0)  # -4: M_MMAP_MAX in malloc.h
         mallopt(-1, 2**31 - 1)  # -1: M_TRIM_THRESHOLD
     products = torch.backends.mkldnn.matmul
     before = products.fp32_precision
@@ -1495,8 +1412,8 @@ def speed_up_training():
 
 
 def speed_up_decoding(model):
-    """Replace a model's matrix products on a CPU. Matrices may have 16 bits, but the numbers that
-    flow between them are float32, because a CPU is slow at 16-bit attention."""
+    """Replace a model's matrix products on a CPU. Matrices may have 16 bits, but the numbers
+    between them are float32: CPUs are slow at 16-bit attention."""
     if model.token_embedding.device.type != "cpu":
         return
     for name, parameter in model.named_parameters():
@@ -1516,16 +1433,15 @@ def multiply(weight, bias, x):
         return F.linear(x, weight.float(), None if bias is None else bias.float())
     if weight.dtype != torch.float32:
         return F.linear(x.to(weight.dtype), weight, bias).float()
-    # One token: most of the time goes into reading W, which PyTorch may leave to one core. So each
-    # core gets a part of W: rows or columns, depending on how W lies in memory.
+    # One token: reading W takes longest, often on one core. So each core gets a part of W.
     n, m = weight.shape
     cores = torch.get_num_threads()
     if weight.is_contiguous():  # row by row: each core makes a part of the n results
         size = n // cores
         parts = weight[: cores * size].view(cores, size, m).transpose(1, 2)
         y = torch.bmm(x.expand(cores, 1, m), parts).flatten()  # for each core, (1, m) @ (m, size)
-        y = torch.cat([y, weight[cores * size :] @ x.flatten()])  # the few rows left over
-    else:  # column by column, as in OpenAI's file: each core multiplies by a part of x
+        y = torch.cat([y, weight[cores * size :] @ x.flatten()])  # the rows left over
+    else:  # column by column, as OpenAI's: each core multiplies by a part of x
         cores = math.gcd(cores, m)
         parts = weight.t().view(cores, m // cores, n)
         y = torch.bmm(x.view(cores, 1, -1), parts).sum(dim=0)  # (1, m / cores) @ (m / cores, n)
