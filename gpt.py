@@ -104,11 +104,11 @@ class GPTConfig:
     by_hand: bool = False  # False: PyTorch's fast routines ("kernels"); True: the same, written out
 
     def __post_init__(self):
-        for item in fields(self):
-            if item.type is not bool:
-                limits = {"low": 1} if item.type is int else {"high": 0.99}
-                value = check(item.name, getattr(self, item.name), item.type, **limits)
-                object.__setattr__(self, item.name, value)  # how a frozen dataclass sets a field
+        for name in ("vocab_size", "context_length", "n_embd", "n_head", "n_layer"):
+            size = check(name, getattr(self, name), int, low=1)
+            object.__setattr__(self, name, size)  # how a frozen dataclass sets a field
+        dropout = check("dropout", self.dropout, float, high=0.99)
+        object.__setattr__(self, "dropout", dropout)
         if self.n_embd % self.n_head != 0:
             raise UserError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
 
@@ -182,13 +182,13 @@ class LayerNorm(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.by_hand = config.by_hand
+        self.config = config
         self.eps = 1e-5  # if all channels are equal, the variance is 0
         self.weight = nn.Parameter(torch.ones(config.n_embd))
         self.bias = nn.Parameter(torch.zeros(config.n_embd))
 
     def forward(self, x):
-        if not self.by_hand:
+        if not self.config.by_hand:
             return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
         x = x - x.mean(dim=-1, keepdim=True)  # (B, T, C) - (B, T, 1)
         variance = x.square().mean(dim=-1, keepdim=True)  # divided by C, not by C - 1
@@ -385,8 +385,8 @@ class GPT(nn.Module):
         self.position_embedding = nn.Parameter(torch.empty(config.context_length, config.n_embd))
         self.blocks = nn.ModuleList(TransformerBlock(config, n) for n in range(config.n_layer))
         self.final_norm = LayerNorm(config)
-        # On PyTorch's "meta" device, tensors have no numbers. Drawing some would be slow and
-        # useless, because they will come from a file (section 7).
+        # On PyTorch's "meta" device, tensors have no numbers. They will come from a file (section 7).
+        # Drawing some would only load PyTorch's compiler, which takes a second.
         if not self.token_embedding.is_meta:
             self.init_weights()
 
@@ -424,7 +424,9 @@ class GPT(nn.Module):
             x = block(x, cache)  # (B, T, C)
         if cache is not None:
             cache.length = start + T
-        return self.head(self.final_norm(x[:, -1:] if last_only else x))
+        if last_only:
+            x = x[:, -1:]
+        return self.head(self.final_norm(x))
 
     def head(self, x):
         """(B, T, C) @ (C, V) -> (B, T, V), each position by itself."""
@@ -546,10 +548,11 @@ def load_tokenizer(name=None, text=None):
             return tiktoken.get_encoding("gpt2")
         except (OSError, ValueError) as error:  # no network, or a wrong file
             problem = f"GPT-2's vocabulary can't be downloaded ({type(error).__name__})"
-        if name == "gpt2" or text is None:
-            raise UserError(f"{problem}; go online, or set TIKTOKEN_CACHE_DIR to where it is")
-        print(f"{problem}; learning 1,024 tokens from the text instead", file=sys.stderr)
-        name = 1024
+            if name == "gpt2" or text is None:
+                advice = "go online, or set TIKTOKEN_CACHE_DIR to where it is"
+                raise UserError(f"{problem}; {advice}") from error
+            print(f"{problem}; learning 1,024 tokens from the text instead", file=sys.stderr)
+            name = 1024
     if text is None:
         raise UserError(f"--tokenizer is {name}; the tokens of a .bin file need gpt2")
     size = check("--tokenizer (unless gpt2)", name, int, low=257)
@@ -721,6 +724,8 @@ def make_optimizer(model, weight_decay):
     0.9, the mean of the gradients covers about the last 10 steps. With 0.95, that of their squares
     covers 20. fused=True is PyTorch's fast version. Source: Brown et al. 2020, "Language Models are
     Few-Shot Learners", appendix B."""
+    for parameter in model.parameters():  # OpenAI's matrices lie column by column
+        parameter.data = parameter.data.contiguous()  # the fused version needs them row by row
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
@@ -773,14 +778,9 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))  # the number within one mac
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # how many processes
 
 
-def prepare(model, options):
+def wrap(model, options):
     """The model as training_step() calls it: for several processes, and compiled on request."""
-    compilers = ("g++", "clang++", "cl", os.environ.get("CXX", "g++"))
-    if options.compile and not any(shutil.which(name) for name in compilers):
-        raise UserError("--compile needs a C++ compiler, such as g++: install one, or omit it")
     if WORLD_SIZE > 1:
-        if "MASTER_ADDR" not in os.environ:
-            raise UserError(f"WORLD_SIZE is {WORLD_SIZE}: start with torchrun, or unset it")
         torch.distributed.init_process_group()
         model = nn.parallel.DistributedDataParallel(model)
     return torch.compile(model) if options.compile else model
@@ -802,7 +802,8 @@ def training_step(model, batches, optimizer, scaler, autocast, clip):
     mean = total.item() / WORLD_SIZE
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip).item()
-    if not math.isfinite(mean) or not (math.isfinite(norm) or scaler.is_enabled()):
+    overflow = not math.isfinite(norm)
+    if not math.isfinite(mean) or (overflow and not scaler.is_enabled()):
         problem = f"training diverged: the loss is {mean}, the norm of its gradient {norm}"
         raise UserError(f"{problem}; use --resume with a lower --learning-rate")
     scaler.step(optimizer)  # after an overflow, it skips the step
@@ -866,14 +867,14 @@ def train(options, run=None):
     optimizer = make_optimizer(model, options.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if "optimizer" in state:
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(state.pop("optimizer"))
         optimizer.param_groups[0]["weight_decay"] = options.weight_decay  # it may have changed
     if state.get("scaler"):  # not if the run was in another dtype
-        scaler.load_state_dict(state["scaler"])
+        scaler.load_state_dict(state.pop("scaler"))
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    learner = prepare(model, options)
+    wrapped = wrap(model, options)
     if RANK == 0:
-        begin(options, state, model, tokenizer, windows)
+        start_log(options, state, model, tokenizer, windows)
 
     for step in range(state["step"] + 1, options.steps + 1):
         started = time.perf_counter()
@@ -881,15 +882,16 @@ def train(options, run=None):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, options)
         model.train()  # dropout is on; its masks depend only on seed, step and process
+        # + 1, because NumPy makes the same numbers from (seed, step, 0) as from (seed, step).
         seed = np.random.default_rng((options.seed, step, RANK + 1)).integers(2**62)
         torch.manual_seed(int(seed))
-        loss = training_step(learner, batches, optimizer, scaler, autocast, options.clip)
+        loss = training_step(wrapped, batches, optimizer, scaler, autocast, options.clip)
 
         # The training part of a step ends here. Now the first process measures, shows and saves.
         if RANK > 0:
             continue  # in the next step, DDP waits for the first process
         seconds = time.perf_counter() - started
-        tokens = WORLD_SIZE * len(batches) * batches[0][0].numel()
+        tokens = options.batch_size * options.accumulate * WORLD_SIZE * windows.context_length
         last = step == options.steps
         val_loss = None
         if len(validation) > 0 and (last or step % options.eval_every == 0):
@@ -898,7 +900,7 @@ def train(options, run=None):
                 state["best_val_loss"] = val_loss
                 save_checkpoint(Path(options.out, "best.pt"), model, tokenizer)
         state["step"] = step
-        report(options, state, loss, val_loss, seconds=seconds, tokens=tokens)
+        log_step(options, state, loss, val_loss, seconds=seconds, tokens=tokens)
         if last or step % options.save_every == 0:
             state["optimizer"] = optimizer.state_dict()
             state["scaler"] = scaler.state_dict()
@@ -906,7 +908,7 @@ def train(options, run=None):
             model.eval()
             write_text(model, tokenizer, options.prompt, max_new_tokens=40, temperature=0)
     if WORLD_SIZE > 1:
-        del learner  # or a process sometimes aborts
+        del wrapped  # or a process sometimes aborts
         torch.distributed.destroy_process_group()
     return model.eval()
 
@@ -1140,16 +1142,14 @@ def load_gpt2(path, config, **changes):
     weights = {}
     position = 0
     for theirs, ours in sorted(names.items()):
-        rows, *columns = shapes[ours[0]]
-        end = position + len(ours) * shapes[ours[0]].numel()
+        shape = shapes[ours[0]]
+        end = position + len(ours) * shape.numel()
         variable = numbers[position:end]
         position = end
         if theirs.endswith("/w"):
-            variable = variable.view(columns[0], len(ours) * rows).t()  # (in, out) -> (out, in)
-        else:
-            variable = variable.view(len(ours) * rows, *columns)
+            variable = variable.view(shape[1], -1).t()  # (in, out) -> (out, in)
         for name, part in zip(ours, variable.chunk(len(ours))):
-            weights[name] = part
+            weights[name] = part.view(shape)
     return model_from(config, weights)
 
 
@@ -1235,12 +1235,18 @@ def load_checkpoint(path, mapped=True, **changes):
 
 
 def choose_device(options, training):
-    """The (torch.device, torch.dtype) that --device and --dtype ask for."""
+    """The (torch.device, torch.dtype) that --device and --dtype ask for. Raises UserError if this
+    machine can't do what the options need."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     best = "cpu" if accelerator is None else accelerator.type
     name = best if options.device == "auto" else options.device
     if name not in ("cpu", best):
         raise UserError(f"--device is {name}, but this machine has only {best}")
+    compilers = ("g++", "clang++", "cl", os.environ.get("CXX", "g++"))
+    if training and options.compile and name == "cpu" and not any(map(shutil.which, compilers)):
+        raise UserError("--compile needs a C++ compiler, such as g++: install one, or omit it")
+    if training and WORLD_SIZE > 1 and "MASTER_ADDR" not in os.environ:
+        raise UserError(f"WORLD_SIZE is {WORLD_SIZE}: start with torchrun, or unset it")
     if name == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
     dtype = options.dtype
@@ -1298,13 +1304,14 @@ def resume(out="out", **given):
     return train(options, (model, tokenizer, read_data(options.data), state))
 
 
-def begin(options, state, model, tokenizer, windows):
+def start_log(options, state, model, tokenizer, windows):
     """Show what is trained, and rewrite log.csv from the rows stored in the checkpoint. A new run
     is saved at once, so that --resume always works."""
     size = sum(parameter.numel() for parameter in model.parameters())
     show(f"{size:,} parameters learn from {len(windows):,} windows of {windows.context_length}")
     if state.get("windows", len(windows)) != len(windows):
         show(f"(There were {state['windows']:,} before: the data or an option has changed.)")
+        state["best_val_loss"] = math.inf  # it was measured on other text
     state["windows"] = len(windows)
     state["options"] = asdict(options)
     if state["step"] == 0:
@@ -1313,7 +1320,7 @@ def begin(options, state, model, tokenizer, windows):
     Path(options.out, "log.csv").write_text("\n".join(rows) + "\n")
 
 
-def report(options, state, loss, val_loss, seconds, tokens):
+def log_step(options, state, loss, val_loss, seconds, tokens):
     """Log and show a step that took this many seconds for this many tokens."""
     step = state["step"]
     speed = tokens / seconds
@@ -1416,13 +1423,13 @@ def speed_up_decoding(model):
     between them are float32: CPUs are slow at 16-bit attention."""
     if model.token_embedding.device.type != "cpu":
         return
-    for name, parameter in model.named_parameters():
-        if parameter.dtype != torch.float32:
-            parameter.data = parameter.data.contiguous()  # OpenAI's matrices lie column by column
-            if "norm" in name or "position" in name:
-                parameter.data = parameter.data.float()
+    model.position_embedding.data = model.position_embedding.data.float()
     for layer in model.modules():
+        if isinstance(layer, LayerNorm):
+            layer.float()
         if isinstance(layer, nn.Linear):
+            if layer.weight.dtype != torch.float32:  # OpenAI's matrices lie column by column
+                layer.weight.data = layer.weight.data.contiguous()
             layer.forward = functools.partial(multiply, layer.weight, layer.bias)
     model.head = functools.partial(multiply, model.token_embedding, None)
 
