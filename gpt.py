@@ -15,10 +15,11 @@ which tokens exchange information.
 
 The loss says how badly the model predicts. In the first command it starts near 10.8, like blind
 guessing among 50,257 tokens, and ends below 0.5: the model recites the story. (Offline, the program
-learns 1,024 tokens from the story, and the loss starts near 6.9.) The validation loss is measured
-on the story's last tenth, which isn't trained on. It falls while the model learns what English
-looks like. It rises once the model knows the other nine tenths by heart and confidently predicts
-their words where others come. This is overfitting. More text, dropout or stopping earlier curbs it.
+makes a vocabulary of 1,024 tokens from the story, and the loss starts near 6.9.) The validation
+loss is measured on the story's last tenth, which isn't trained on. It falls while the model learns
+what English looks like. It rises once the model knows the other nine tenths by heart, because it
+then confidently predicts words from those where the last tenth has other words. This is
+overfitting. More text, dropout (section 2) or stopping earlier curbs it.
 
 Sections 1 to 7 are the GPT. You can skip section 8 (plumbing) and section 9 (speed).
 
@@ -93,9 +94,12 @@ def check(name, value, kind, low=0, high=1e18, choices=None):
 @dataclass(frozen=True)
 class GPTConfig:
     """A GPT's shape (default: GPT-2 124M). Raises UserError if it can't exist. Source: Radford et
-    al. 2019, "Language Models are Unsupervised Multitask Learners" (the GPT-2 paper), 2.3."""
+    al. 2019, "Language Models are Unsupervised Multitask Learners" (the GPT-2 paper), section 2.3.
 
-    vocab_size: int = 50257  # V; 50,304 would be faster, but OpenAI's file wouldn't fit
+    Others pad the vocabulary to 50,304, a multiple of 128, because GPUs multiply such matrices
+    faster. OpenAI's weights wouldn't fit into that model."""
+
+    vocab_size: int = 50257  # V
     context_length: int = 1024  # the most tokens it can see at once
     n_embd: int = 768  # C
     n_head: int = 12  # H, must divide C
@@ -158,19 +162,22 @@ class Options:
 
 # ==================================================================================================
 # 2 Layers
-# In the model, C numbers represent each token. They flow through all layers and form the residual
-# stream. A layer doesn't rebuild them but adds a correction, the residual. Such sums help training,
-# which needs gradients. The gradient of a number tells how much the loss grows if the number grows
-# a bit. Gradients are computed backward from the loss, and a sum passes them on unchanged. So even
-# the first layer gets a useful one. Source: He et al. 2016, "Deep Residual Learning".
+# Inside the model, each token is represented by C numbers, which flow through all blocks: the
+# residual stream. The two main parts of a block, attention and the feed-forward network (both
+# below), don't rebuild these numbers. Each only adds a correction to them, the residual. Such sums
+# also help training, which works with gradients. The gradient of a number tells how much the loss
+# grows if the number grows a bit. Gradients are computed backward from the loss, and a sum passes
+# them on unchanged. So even the first block gets a useful gradient. Source: He et al. 2016, "Deep
+# Residual Learning".
 #
 # nn.Linear(m, n) turns m numbers x into n: x Wᵀ + b. Weights W (n, m) and bias b (n,) are learned.
 #
 # In training, dropout sets a random share of numbers to 0 and scales up the others to keep the
 # mean. A model that can't rely on any one number learns less by heart. Dropout acts on embeddings,
-# attention weights, and what attention and the feed-forward network add to the stream. A new model
-# is in training mode: with dropout, its results vary until we call model.eval(). A huge corpus read
-# once needs no dropout: it can't be learned by heart. Source: Srivastava et al. 2014, "Dropout".
+# on attention weights, and on what attention and the feed-forward network add to the stream. A new
+# model is in training mode: with dropout, its results vary until we call model.eval(). A huge
+# corpus read once needs no dropout: it can't be learned by heart. Source: Srivastava et al. 2014,
+# "Dropout".
 class LayerNorm(nn.Module):
     """Give each token's C numbers mean 0 and variance 1, then scale and shift them.
 
@@ -183,7 +190,7 @@ class LayerNorm(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.eps = 1e-5  # if all channels are equal, the variance is 0
+        self.eps = 1e-5  # keeps the divisor above 0 if all channels are equal
         self.weight = nn.Parameter(torch.ones(config.n_embd))
         self.bias = nn.Parameter(torch.zeros(config.n_embd))
 
@@ -212,14 +219,14 @@ def gelu(x, by_hand):
 # three vectors: a query (what am I looking for?), a key (what can I be found by?) and a value (what
 # do I tell whoever finds me?). The score of a query and a key is their dot product, which is large
 # if both point the same way. Softmax turns the scores s of a query into positive weights that sum
-# to 1. The query's token receives the mean of all values, counted with these weights:
+# to 1. The query's token receives the weighted mean of all values:
 #
 #     softmax(s)[i] = exp(s[i]) / (exp(s[0]) + exp(s[1]) + ...)
 #     attention(q, k, v) = softmax(q kᵀ / sqrt(D) + mask) v
 #
-# Unlike a layer's weights, attention weights are computed afresh for every text. Only the matrices
-# that make queries, keys and values are learned. If a query's scores are all equal (all 0, say),
-# its token gets the mean of the values it can see. A score of 0 doesn't mean "ignore": exp(0) is 1.
+# Unlike a layer's weights, attention weights are computed afresh for every text. What is learned is
+# how to make queries, keys and values. If a query's scores are all equal (all 0, say), its token
+# gets the mean of the values it can see. A score of 0 doesn't mean "ignore": exp(0) is 1.
 #
 # Why the square root? A score sums D products. Some are positive and some negative, so they partly
 # cancel: the sum grows like sqrt(D), not like D. Undivided scores would make softmax put nearly all
@@ -229,8 +236,9 @@ def gelu(x, by_hand):
 # loss would fall to almost 0, but the model would be useless for writing, where the next token
 # isn't there yet. So the mask adds -∞ to the scores of later tokens: exp(-∞) is 0. (-10,000 works,
 # too, if real scores are far above it.) Because the mask comes before the softmax, the remaining
-# weights still sum to 1. They wouldn't if we set some to 0 afterwards. Row t of the result depends
-# only on tokens 0 to t, so one pass over a text trains predictions at all positions.
+# weights still sum to 1. If we set weights to 0 after the softmax, the others would sum to less.
+# Row t of the result depends only on tokens 0 to t, so one pass over a text trains predictions at
+# all positions.
 #
 # An example with three tokens and D = 2 (sqrt(2) is 1.41):
 #
@@ -239,9 +247,9 @@ def gelu(x, by_hand):
 #   HAD     (0, 2)  (1, 0)  (0, 1)    1.41   0.00    -∞      0.80  0.20  0.00      (0.80, 0.20)
 #   always  (1, 0)  (1, 1)  (1, 1)    0.00   0.71   0.71     0.20  0.40  0.40      (0.60, 0.80)
 def attention(q, k, v, dropout=0.0):
-    """The formula above for all heads: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D). The
-    queries belong to the last T of the S tokens: query i sees tokens 0 to S - T + i. Source:
-    Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1."""
+    """The formula above, for all heads (see the class below): q (B, H, T, D), k and v (B, H, S, D)
+    -> (B, H, T, D). The queries belong to the last T of the S tokens: query i sees tokens 0 to S -
+    T + i. Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1."""
     T = q.shape[2]
     S = k.shape[2]
     scores = q @ k.transpose(-2, -1)  # (B, H, T, D) @ (B, H, D, S) -> (B, H, T, S)
@@ -260,11 +268,11 @@ class CausalSelfAttention(nn.Module):
 
     One head can look for only one kind of thing. Each head reads all C channels and projects them
     down to its own D = C / H numbers, so H heads can look for H things at once: a verb, the name
-    mentioned last, an opening quote. The heads' matrices are stacked in one (C, C) matrix, D rows
-    for each head. A row makes one number and ignores the other rows, so this doesn't mix the heads:
-    each has its own (D, C) matrix. (OpenAI's code also stacks query, key and value: 3C rows.) The
-    heads' results are put side by side. Then a learned projection mixes them, so what one head
-    found can reach every channel. Source: Vaswani et al. 2017, section 3.2.2."""
+    mentioned last, an opening quote. The heads' (D, C) matrices are stacked in one (C, C) matrix.
+    Each row makes one number by itself, so stacking doesn't mix the heads. (OpenAI's code also
+    stacks query, key and value: 3C rows.) The heads' results are put side by side. Then a learned
+    projection mixes them, so what one head found can reach every channel. Source: Vaswani et al.
+    2017, section 3.2.2."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -289,7 +297,7 @@ class CausalSelfAttention(nn.Module):
         if self.config.by_hand:
             y = attention(q, k, v, dropout)
         else:
-            # is_causal lets query i see keys 0 to i, as a text or a prompt needs. A single new
+            # is_causal lets query i see keys 0 to i: right for a text or a prompt. A single new
             # token may see all S keys and needs no mask. (GPT.forward refuses anything else.)
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
         # -> (B, T, H, D) -> (B, T, C). The transpose leaves the numbers out of order in memory, so
@@ -326,7 +334,7 @@ class TransformerBlock(nn.Module):
     each sum. Its LayerNorms rescaled gradients on their way back, so training had to begin with
     tiny steps. With this "pre-LayerNorm", the stream is only sums, and training is steadier. But
     the stream is never normalised, so the model ends with one more LayerNorm. Source: GPT-2 paper,
-    2.3; Xiong et al. 2020, "On Layer Normalization in the Transformer Architecture"."""
+    section 2.3; Xiong et al. 2020, "On Layer Normalization in the Transformer Architecture"."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -362,18 +370,18 @@ class TransformerBlock(nn.Module):
 #     product with the token embedding                    + <---------'
 #             |                                           |
 #      logits (B, T, V)                                   x
-# For the model, a token is its number, from 0 to V - 1. Two learned tables turn it into C numbers:
-# the token's row, its embedding, plus the row of its position. Without positions, a layer of
-# attention would ignore the order of the tokens before it. (The Transformer of 2017 used fixed
+# The model knows a token only as a number, from 0 to V - 1. Two learned tables turn it into C
+# numbers: the token's row, its embedding, plus the row of its position. Without positions, a layer
+# of attention would ignore the order of the tokens before it. (The Transformer of 2017 used fixed
 # sines and cosines; GPT-2 learns positions.) A text longer than context_length doesn't fit. Any
 # shorter text does, with the same parameters: each matrix acts on one token's C numbers at a time.
 # Each block can look for what earlier blocks have found.
 #
 # The scores at the end are called logits. Each is the dot product of a position's C numbers with
-# one token's embedding: this last layer, the output head, is "tied" to the token embedding and has
-# no matrix of its own. So tokens with similar embeddings get similar scores (Press and Wolf 2017,
-# "Using the Output Embedding to Improve Language Models"). 124M has 124.4 million parameters. A
-# separate matrix would add V C = 38.6 million: 163.0 in all.
+# one token's embedding: this last layer, the output head, has no matrix of its own. It is "tied" to
+# the token embedding, for two reasons. Tokens with similar embeddings get similar scores (Press and
+# Wolf 2017, "Using the Output Embedding to Improve Language Models"). And a separate matrix would
+# add V C = 38.6 million parameters to the 124.4 million of 124M: 163.0 in all.
 class GPT(nn.Module):
     """tokens (B, T), int64 -> logits (B, T, V): at each position, a score for every possible next
     token. Raises UserError if the tokens don't fit into the context."""
@@ -385,8 +393,8 @@ class GPT(nn.Module):
         self.position_embedding = nn.Parameter(torch.empty(config.context_length, config.n_embd))
         self.blocks = nn.ModuleList(TransformerBlock(config, n) for n in range(config.n_layer))
         self.final_norm = LayerNorm(config)
-        # On PyTorch's "meta" device, tensors have no numbers. They will come from a file (section 7).
-        # Drawing some would only load PyTorch's compiler, which takes a second.
+        # On PyTorch's "meta" device, tensors have no numbers. They will come from a file (section
+        # 7). Drawing some would only load PyTorch's compiler, which takes a second.
         if not self.token_embedding.is_meta:
             self.init_weights()
 
@@ -396,10 +404,11 @@ class GPT(nn.Module):
 
         OpenAI chose 0.02; it makes the first logits small. Each block adds two results to the
         stream. Their variances add up, so the sum of 2 n_layer results has sqrt(2 n_layer) times
-        the standard deviation of one. So the matrices that make them, both called `projection`,
-        start with 0.02 / sqrt(2 n_layer). The sum is then as large as one result with 0.02, for any
-        number of blocks. LayerNorms don't prevent this growth: they only normalise what a block
-        reads. Source: GPT-2 paper, 2.3. (But src/model.py: positions 0.01, projections 0.02.)"""
+        the standard deviation of one. So the matrices that make them, `attention.projection` and
+        `feed_forward.projection`, start with 0.02 / sqrt(2 n_layer). The sum is then as large as
+        one result with 0.02, for any number of blocks. LayerNorms don't prevent this growth: they
+        only normalise what a block reads. Source: GPT-2 paper, section 2.3. (OpenAI's src/model.py
+        has 0.01 for positions and 0.02 for projections.)"""
         for name, parameter in self.named_parameters():
             if name.endswith("projection.weight"):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
@@ -409,8 +418,8 @@ class GPT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, tokens, cache=None, last_only=False):
-        """cache: the tokens before these (section 6). If it isn't empty, tokens must come one by
-        one. last_only: only the last position's logits, (B, 1, V)."""
+        """cache: keys and values of the tokens before these (section 6). If it isn't empty, tokens
+        must come one by one. last_only: only the last position's logits, (B, 1, V)."""
         T = tokens.shape[1]
         start = 0 if cache is None else cache.length
         if start + T > self.config.context_length:
@@ -442,8 +451,9 @@ class GPT(nn.Module):
 # With natural logarithms, the unit is the nat. A loss of 3.0 means that p is typically exp(-3.0), 1
 # in 20; 0 is certainty. exp(loss), here 20, is the perplexity: the model is as unsure as if it
 # guessed among 20 tokens. A new model gives every token about 1 / V, so its loss starts near ln V,
-# 10.8 for GPT-2. Text longer than the context is measured in windows. Their first tokens see little
-# and are predicted worse. To measure exactly, let windows overlap and count only later parts.
+# 10.8 for GPT-2. Text longer than the context is measured in windows. A window's first tokens have
+# little text before them and are predicted worse. To measure exactly, let windows overlap, and
+# count only the later tokens of each.
 def cross_entropy(logits, targets):
     """The mean of -log softmax(logits)[target], in nats, a scalar; logits (..., V), targets (...).
 
@@ -466,19 +476,21 @@ def cross_entropy(logits, targets):
 # Merging never crosses a word boundary. Otherwise "dog.", "dog!" and "dog?" could each become a
 # token, and the model would learn "dog" three times. "I'd say 42!" is cut into the words  "I"  "'d"
 # " say"  " 42"  "!". A space belongs to the word after it, so " say" and "say" are different
-# tokens. (GPT-2's own files show this space as Ġ.) Source: GPT-2 paper, 2.2; src/encoder.py.
+# tokens. (GPT-2's own files show this space as Ġ.) Source: GPT-2 paper, section 2.2;
+# src/encoder.py.
 #
 # <|endoftext|> marked the end of each document in GPT-2's training. When a model writes it, the
-# text has ended. A model that never saw it rarely writes it. There is no start token: for an empty
-# prompt, we feed <|endoftext|>. Documents of different lengths are joined with it and cut into
-# equal windows, so training needs no padding token. Tokens can attend across it, so the model must
-# learn to ignore what came before. In a text or prompt, <|endoftext|> stands for this token. (Other
-# libraries raise an error until you choose this token or plain text, which is several ordinary
-# tokens.)
+# text has ended. A model that never saw it rarely writes it, so put <|endoftext|> between your
+# documents. There is no start token: for an empty prompt, we feed <|endoftext|>. Joined documents
+# are cut into equal windows, whatever their lengths, so training needs no padding token. Tokens can
+# attend across <|endoftext|>, so the model must learn to ignore what came before it. In a text or
+# prompt, <|endoftext|> stands for this token. (Other libraries raise an error until you choose this
+# token or plain text, which is several ordinary tokens.)
 END_OF_TEXT = "<|endoftext|>"
-# In order: endings, as in I'm; a run of letters (\p{L}), of digits (\p{N}) or of other signs, with
-# a space before it, if any; white space. \s+(?!\S) leaves a word the space before it.
+# In order: endings, as in I'm; letters (\p{L}), digits (\p{N}) or other signs, together with a
+# space before them; white space. \s+(?!\S) stops before a last space, which then joins a word.
 WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# The first command's text, Edith Wharton's "The Verdict". (In a notebook, there is no __file__.)
 STORY = str(Path(globals().get("__file__", "gpt.py")).resolve().with_name("the-verdict.txt"))
 
 
@@ -540,9 +552,9 @@ def make_tokenizer(ranks):
 
 
 def load_tokenizer(name=None, text=None):
-    """GPT-2's tokenizer (name "gpt2"), or a new one with N tokens, learned from the text (name N).
-    tiktoken downloads GPT-2's vocabulary the first time. If that fails and no name was given, we
-    learn 1,024 tokens. Raises UserError if that isn't possible either."""
+    """The tokenizer: for the name "gpt2" GPT-2's, for a number N a new one, with N tokens learned
+    from the text. tiktoken downloads GPT-2's vocabulary the first time. If that fails and no name
+    was given, we learn 1,024 tokens. Raises UserError if that isn't possible either."""
     if name in (None, "gpt2"):
         try:
             return tiktoken.get_encoding("gpt2")
@@ -560,8 +572,9 @@ def load_tokenizer(name=None, text=None):
 
 
 def clean_text(text, source):
-    """The text with lines that end in \\n and no byte-order mark. Raises UserError if it isn't
-    UTF-8 (Python reads invalid bytes as \\ud800 to \\udfff) or has a million spaces in a row."""
+    """The text with lines that end in \\n and no byte-order mark. Raises UserError if it has zero
+    bytes, isn't UTF-8 (Python reads invalid bytes as \\ud800 to \\udfff), or has so much white
+    space in a row that tiktoken gives up."""
     wrong = regex.search(r"[\0\ud800-\udfff]|(?<!\s)\s{900000}", text)
     if wrong:
         problem = f"character {wrong.start():,} is a zero or invalid byte, or begins endless spaces"
@@ -570,9 +583,9 @@ def clean_text(text, source):
 
 
 def read_data(path):
-    """The text of a UTF-8 file, or the tokens of a .bin: little-endian uint16 (50,257 is below
-    65,536), mapped, so the file can be larger than the memory. None: the story. Raises UserError if
-    it can't be read."""
+    """The text of a UTF-8 file (of the story, if path is None), or the tokens of a .bin file, as
+    little-endian uint16 (50,257 is below 65,536). A .bin is mapped into memory: a part of it is
+    read when it is used, so it can be larger than the memory. Raises UserError if this fails."""
     path = path or STORY
     try:
         if path.endswith(".bin"):
@@ -597,7 +610,7 @@ def check_tokens(tokens, path, vocab_size):
     if len(tokens) > 1 and not tokens[1:2000:2].any():
         raise UserError(f"--data {path} has a zero in every second place, like uint32; {advice}")
     if largest < 256 and Path(path).with_name("meta.pkl").exists():
-        raise UserError(f"--data {path} holds characters, as its meta.pkl shows; {advice}")
+        raise UserError(f"--data {path} holds characters, as meta.pkl beside it shows; {advice}")
 
 
 # A window has an input, context_length tokens of the text, and a target, the same tokens shifted by
@@ -613,10 +626,11 @@ def check_tokens(tokens, path, vocab_size):
 #
 # Back to back (stride equal to the context), windows would show each token at only one position,
 # always after the same text. A smaller stride makes them overlap. With stride 1, neighbours are
-# nearly equal, so many teach little more than a few. (Random offsets amount to stride 1.)
+# nearly equal, so a thousand of them teach little more than a few. (Windows that start anywhere, as
+# in other projects, are those of stride 1.)
 class SlidingWindows(Dataset):
-    """Item i is (input, target), each int64 (context_length,), from token i * stride on. tokens: a
-    tensor, array or numpy.memmap, read only where needed."""
+    """Item i is (input, target), each int64 (context_length,). The input starts at token i *
+    stride. tokens: a tensor, array or numpy.memmap, read only where needed."""
 
     def __init__(self, tokens, context_length, stride):
         self.tokens = tokens
@@ -700,7 +714,7 @@ class TrainOptions(Options):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.data is not None:  # to resume from another folder
+        if self.data is not None:  # so that --resume works from any folder
             self.data = os.path.abspath(self.data)
         if self.learning_rate is None:  # large steps would destroy what GPT-2 has learned
             self.learning_rate = 3e-5 if self.gpt2 else 1.2e-3
@@ -711,19 +725,19 @@ class TrainOptions(Options):
 
 # The optimizer is AdamW (Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization"). For
 # each parameter it keeps two numbers: the running means of its gradients and of their squares. A
-# step moves the parameter against the first mean, by the learning rate times that mean divided by
-# the square root of the second. So a parameter moves by about the learning rate, however large its
-# gradients are. If they keep changing sign, it hardly moves. (AdamW corrects for the means' start
-# at 0. An epsilon of 1e-8 keeps the divisor above 0.)
+# step subtracts learning rate * mean / sqrt(mean of squares) from the parameter. So a parameter
+# moves by about the learning rate, however large its gradients are. If they keep changing sign, it
+# hardly moves. (AdamW corrects for the means' start at 0. An epsilon of 1e-8 keeps the divisor
+# above 0.)
 #
-# Weight decay, the W, pulls matrices and embeddings towards 0: a weight stays large only if the
-# data keeps asking for it. Biases and LayerNorm weights aren't decayed. They are too few to learn a
-# text by heart, and a LayerNorm with weights near 0 would pass on only its bias.
+# Weight decay, the W of AdamW, pulls matrices and embeddings towards 0: a weight stays large only
+# if the data keeps asking for it. Biases and LayerNorm weights aren't decayed. They are too few to
+# learn a text by heart, and a LayerNorm with weights near 0 would pass on only its bias.
 def make_optimizer(model, weight_decay):
     """AdamW. Each step updates its means: mean = beta * mean + (1 - beta) * new number. With beta
-    0.9, the mean of the gradients covers about the last 10 steps. With 0.95, that of their squares
-    covers 20. fused=True is PyTorch's fast version. Source: Brown et al. 2020, "Language Models are
-    Few-Shot Learners", appendix B."""
+    0.9, the mean of the gradients covers about the last 10 steps. With 0.95, the mean of the
+    squares covers about 20. fused=True is PyTorch's fast version. Source: Brown et al. 2020,
+    "Language Models are Few-Shot Learners", appendix B."""
     for parameter in model.parameters():  # OpenAI's matrices lie column by column
         parameter.data = parameter.data.contiguous()  # the fused version needs them row by row
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
@@ -754,25 +768,28 @@ def learning_rate(step, options):
 # Accumulation. A batch too large for memory can be read in micro-batches. If each loss is divided
 # by their number, their gradients add up to the gradient of the whole batch. (Undivided, they would
 # be too long. AdamW would hardly notice, since it divides by their size, but clipping would.)
-# --batch-size 4 --accumulate 2 gives the same steps as --batch-size 8 (only the dropout masks
-# differ). It takes half the memory for what forward keeps and somewhat more time.
+# --batch-size 4 --accumulate 2 gives the same steps as --batch-size 8 (except for rounding and
+# dropout masks). It takes half the memory for what forward keeps for backward, and more time.
 #
-# 16 bits. GPUs multiply 16-bit numbers much faster than 32-bit ones. Under "autocast", matrix
-# products run in 16 bits. The stream, LayerNorms, the loss, parameters, their gradients and AdamW's
-# means stay in float32 (Micikevicius et al. 2018, "Mixed Precision Training"). bfloat16 has the
-# range of float32 but few digits. float16 has more digits but a small range, 6e-8 to 65,504. So on
-# CUDA GPUs, training uses bfloat16 if the GPU has it, and sampling uses float16 for its digits.
+# 16 bits. GPUs multiply 16-bit numbers much faster than 32-bit ones. In training, under "autocast",
+# matrix products run in 16 bits. The stream, LayerNorms, the loss, parameters, their gradients and
+# AdamW's means stay in float32 (Micikevicius et al. 2018, "Mixed Precision Training"). bfloat16 has
+# the range of float32 but few digits. float16 has more digits but a small range, 6e-8 to 65,504. So
+# on CUDA GPUs, training uses bfloat16 if the GPU has it. Sampling turns the whole model into
+# float16, for its digits.
 #
 # In float16, tiny gradients become 0. So a scaler multiplies the loss, and thus every gradient, by
-# a large scale factor. Before clipping, the scaler divides gradients by this factor. An overflowing
-# gradient becomes inf or NaN (inf - inf). Then the scaler skips the step and halves the factor.
-# After 2,000 good steps, it doubles the factor. If a number in the forward pass exceeds 65,504, the
-# loss can become NaN. No scaler helps: the run stops. With its range, bfloat16 needs no scaler.
+# a large scale factor. Before clipping, the scaler divides gradients by this factor. A gradient
+# that overflows becomes inf, or NaN where inf is subtracted from inf. Then the scaler skips the
+# step and halves the factor. After 2,000 good steps, it doubles the factor. If a number in the
+# forward pass exceeds 65,504, the loss can become NaN. No scaler helps: the run stops. With its
+# range, bfloat16 needs no scaler.
 #
 # Several processes, one for each GPU, hold the same model and optimizer but read different windows
 # (`torchrun --nproc_per_node=2 gpt.py train` starts two). DistributedDataParallel (DDP) averages
 # their gradients, so the models stay the same. Sending gradients takes time, so DDP does it only
-# after the last micro-batch, when they are complete.
+# after the last micro-batch, when they are complete. Each process reads --batch-size windows, so
+# two processes read twice as many in a step.
 RANK = int(os.environ.get("RANK", "0"))  # torchrun numbers the processes from 0
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))  # the number within one machine
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # how many processes
@@ -816,10 +833,10 @@ def draw_batches(windows, step, options, device):
     """The windows of a step, as micro-batches [(inputs, targets), ...], (B, T) each.
 
     They're drawn at random, because a batch read in order would show only one passage, and with
-    replacement, so no state has to be saved. They depend only on seed and step, so a resumed run
-    draws the same batches as an uninterrupted one. Process r of N takes window r and each N-th
-    after it. (Another seed changes windows, dropout masks and first parameters, not the data or its
-    split.)"""
+    replacement, so that nobody has to remember which windows were used. They depend only on seed
+    and step, so a resumed run draws the same batches as an uninterrupted one. Process r of N takes
+    window r and each N-th after it. (Another seed changes windows, dropout masks and first
+    parameters, not the data or its split.)"""
     rng = np.random.default_rng((options.seed, step))
     count = options.batch_size * options.accumulate * WORLD_SIZE
     numbers = rng.integers(len(windows), size=count)[RANK::WORLD_SIZE]
@@ -829,7 +846,7 @@ def draw_batches(windows, step, options, device):
 
 @torch.no_grad()
 def evaluate(model, windows, batch_size, autocast):
-    """The mean loss over all windows, without dropout. no_grad: keep nothing for backward."""
+    """The mean loss over all windows, without dropout. no_grad: nothing is kept for backward."""
     model.eval()
     device = model.token_embedding.device
     total = 0.0
@@ -847,9 +864,9 @@ def evaluate(model, windows, batch_size, autocast):
 # billion operations a token, and attention in all blocks 0.11 billion.
 #
 # Memory. A parameter takes 16 bytes: 4 each for itself, its gradient, and AdamW's two numbers. For
-# 124M, that's 2 GB. What forward keeps for backward is mostly in proportion to B T. The float32
-# logits alone take 4 B T V bytes: 206 MB for a window of 1,024 tokens. If memory is short, lower
-# --batch-size and raise --accumulate, or shorten --context.
+# 124M, that's 2 GB. What forward keeps for backward grows with B T. The float32 logits alone take 4
+# B T V bytes: 206 MB for a window of 1,024 tokens. If memory is short, lower --batch-size and raise
+# --accumulate, or shorten --context.
 #
 # best.pt is the model with the lowest validation loss. checkpoint.pt is the latest model, with all
 # that --resume needs: AdamW's numbers, scale factor, step, options and log. So it's three times as
@@ -908,7 +925,7 @@ def train(options, run=None):
             model.eval()
             write_text(model, tokenizer, options.prompt, max_new_tokens=40, temperature=0)
     if WORLD_SIZE > 1:
-        del wrapped  # or a process sometimes aborts
+        del wrapped  # before the group ends, or a process sometimes aborts
         torch.distributed.destroy_process_group()
     return model.eval()
 
@@ -916,7 +933,7 @@ def train(options, run=None):
 # ==================================================================================================
 # 6 Decoding
 # If we always take the most probable token ("greedy"), the text runs in circles: one repetition
-# makes another more likely. If we draw each token with its probability, blunders creep in:
+# makes another more likely. If we draw each token with its probability, there are blunders:
 # thousands of tokens are unsuitable, and now and then one of them is drawn. Three settings offer a
 # middle way (Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration").
 #
@@ -958,7 +975,7 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
     probabilities = torch.softmax(logits, dim=-1)  # (B, V)
     if top_p and top_p < 1:
         ordered, tokens = probabilities.sort(dim=-1, descending=True)
-        sum_before = ordered.cumsum(dim=-1) - ordered  # of all more probable tokens
+        sum_before = ordered.cumsum(dim=-1) - ordered  # the probability of all before it
         ordered = ordered.masked_fill(sum_before >= top_p, 0.0)
         probabilities = probabilities.scatter(-1, tokens, ordered)  # back to the tokens' places
     # multinomial divides by the sum of what is left.
@@ -969,7 +986,7 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
 # don't depend on later tokens, so a cache can keep them. Then only one row, the new token's, goes
 # through the blocks, and the result is the same as recomputing everything. Queries aren't kept:
 # each is used once, by its own token. In 124M, a token's keys and values are 2 n_layer C numbers,
-# in float32 72 KiB. The buffers hold a full window, 72 MiB, from the start.
+# in float32 72 KiB. The buffers hold a full context, 72 MiB, from the start.
 #
 # For a new token, each weight is read from memory for one multiplication and one addition. So
 # memory speed limits decoding, and 16-bit weights can make it twice as fast. In training, a weight,
@@ -997,9 +1014,9 @@ class KVCache:
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
 
-# A full window has no position for one more token. If we dropped just its first token, all others
+# A full context has no position for one more token. If we dropped just its first token, all others
 # would move to new positions and need new keys and values, again for every new token. So we keep
-# the newest half window, the new token included, and read it again at positions 0, 1, ...
+# the newest half of the tokens, including the new one, and read it again at positions 0, 1, ...
 #     [ a b c d e f g h ] + i   becomes   [ f g h i . . . . ]
 # With 1,024 positions, this happens about every 512 tokens. One pass of 512 tokens costs far less
 # than 512 passes of one. The model forgets what was dropped.
@@ -1011,12 +1028,13 @@ def generate(
 
     prompt: int64 (B, T), of which the newest context_length tokens are read. Raises UserError if it
     isn't such a tensor. A row that has produced eos, the end-of-text token, continues with eos.
-    Once every row has produced it, generate ends. Without a seed, the text differs each time."""
+    Once every row has produced it, generate ends. Without a seed, PyTorch's global generator
+    draws."""
     if not isinstance(prompt, torch.Tensor) or prompt.dim() != 2 or prompt.numel() == 0:
         given = getattr(prompt, "shape", type(prompt).__name__)
         raise UserError(f"the prompt is {given}; it must be a non-empty tensor of tokens (B, T)")
     context_length = model.config.context_length
-    generator = None  # PyTorch's own, which starts differently each time
+    generator = None  # PyTorch's global one
     if seed is not None:
         generator = torch.Generator(prompt.device).manual_seed(seed)
     window = prompt[:, -context_length:]  # (B, T)
@@ -1067,7 +1085,7 @@ def sample(options):
         model, tokenizer, state = load_checkpoint(path)
         if state:
             show(f"{path}, after {state['step']} steps")
-    # A padded vocabulary (section 1) has rows of no token. We cut them off, so none can be drawn.
+    # A padded vocabulary (section 1) has rows that belong to no token and mustn't be drawn.
     model.token_embedding.data = model.token_embedding.data[: tokenizer.n_vocab]
     model.to(device, dtype)
     speed_up_decoding(model)  # section 9
@@ -1100,14 +1118,15 @@ def sample(options):
 # there, because it is tied to model/wte. (Other copies of GPT-2 also store the mask, as attn.bias
 # and attn.masked_bias. It isn't learned and can be dropped.)
 #
-# Our parameters are views of the mapped file, read from disk on first use. Nothing is copied or
-# computed: OpenAI's matrices differ only in how we look at them:
+# The file is mapped into memory, and our parameters are views of it. Nothing is copied or computed.
+# OpenAI's matrices differ only in how we look at them:
 #
 #     nn.Linear             x Wᵀ + b     with W (out, in)
 #     OpenAI's conv1d()     x w + b      with w (in, out)
 #
-# So W is w.t(), a view with rows and columns exchanged. No number moves. In c_attn, query, key and
-# value each take a third of w's columns, which are W's rows. The embeddings stay as they are.
+# So W is w.t(), a view with rows and columns exchanged. No number moves. In c_attn, three matrices
+# stand side by side: query, key and value each take a third of w's columns, W's rows. The
+# embeddings stay as they are.
 GPT2_FILE = "model.ckpt.data-00000-of-00001"
 GPT2_NAMES = {  # OpenAI's name and ours, in each block
     "ln_1": ["norm_1"],
@@ -1186,15 +1205,12 @@ def open_gpt2(options, **changes):
 
 # ==================================================================================================
 # 8 Plumbing
-FORMAT = 3  # of checkpoints
-
-
 def save_checkpoint(path, model, tokenizer, training_state=None):
     """Write a model and its tokenizer. If that fails midway, the old file survives."""
     # Copies: for a parameter that views OpenAI's file, torch.save would store the whole file.
     weights = {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
     content = {
-        "format": FORMAT,
+        "format": 3,
         "config": asdict(model.config) | {"by_hand": False},  # not a property of the weights
         "weights": weights,
         "vocabulary": [tokenizer.decode_single_token_bytes(n) for n in range(tokenizer.eot_token)],
@@ -1223,7 +1239,7 @@ def load_checkpoint(path, mapped=True, **changes):
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # compares checksums; torch.load doesn't
         content = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
-        if damaged or content["format"] != FORMAT:
+        if damaged or content["format"] != 3:
             raise ValueError(damaged)
         config = GPTConfig(**content["config"] | changes)
         ranks = {token: rank for rank, token in enumerate(content["vocabulary"])}
@@ -1401,7 +1417,7 @@ def main(argv=None):
 
 # ==================================================================================================
 # 9 Faster on a CPU
-# You can delete this and the two calls of speed_up functions. Results differ only by rounding.
+# You can delete this and the two calls to speed_up functions. Results differ only by rounding.
 def speed_up_training():
     """Tell glibc, the C library, to keep large buffers, not fetch them anew each step. Let PyTorch
     multiply float32 matrices with oneDNN, its faster library, which may round to bfloat16. If
