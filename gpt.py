@@ -2,11 +2,11 @@
 
 A GPT (generative pre-trained transformer) is a neural network that continues text. It reads tokens
 (words, pieces of words or single bytes) and gives every token in its vocabulary a score: how likely
-is it to come next? We draw a token by these scores, append it, and ask again. The scores depend on
-millions of parameters, numbers that are random at first. Training nudges them until the tokens that
-really come next score high. "Pre-trained" means trained first on a huge amount of text of every
-kind. Further training on your own text is called fine-tuning. A transformer is built from blocks in
-which tokens exchange information.
+is it to come next? We draw a token according to these scores, append it, and ask again. The scores
+depend on millions of parameters, numbers that are random at first. Training nudges them until the
+tokens that really come next score high. "Pre-trained" means trained first on a huge amount of text
+of every kind. Further training on your own text is called fine-tuning. A transformer is built from
+blocks in which tokens exchange information.
 
     python gpt.py train                             a small GPT learns a short story by heart
     python gpt.py sample --prompt "I HAD always"    it continues a text
@@ -18,8 +18,8 @@ guessing among 50,257 tokens, and ends below 0.5: the model recites the story. (
 makes a vocabulary of 1,024 tokens from the story, and the loss starts near 6.9.) The validation
 loss is measured on the story's last tenth, which isn't trained on. It falls while the model learns
 what English looks like. It rises once the model knows the other nine tenths by heart, because it
-then confidently predicts words from those where the last tenth has other words. This is
-overfitting. More text, dropout (section 2) or stopping earlier curbs it.
+then confidently predicts the words that it remembers, where the last tenth goes on differently.
+This is overfitting. More text, dropout (section 2) or stopping earlier curbs it.
 
 Sections 1 to 7 are the GPT. You can skip section 8 (plumbing) and section 9 (speed).
 
@@ -93,8 +93,9 @@ def check(name, value, kind, low=0, high=1e18, choices=None):
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """A GPT's shape (default: GPT-2 124M). Raises UserError if it can't exist. Source: Radford et
-    al. 2019, "Language Models are Unsupervised Multitask Learners" (the GPT-2 paper), section 2.3.
+    """A GPT's shape (default: GPT-2 124M). Raises UserError if no such model is possible. Source:
+    Radford et al. 2019, "Language Models are Unsupervised Multitask Learners" (the GPT-2 paper),
+    section 2.3.
 
     Others pad the vocabulary to 50,304, a multiple of 128, because GPUs multiply such matrices
     faster. OpenAI's weights wouldn't fit into that model."""
@@ -173,11 +174,11 @@ class Options:
 # nn.Linear(m, n) turns m numbers x into n: x Wᵀ + b. Weights W (n, m) and bias b (n,) are learned.
 #
 # In training, dropout sets a random share of numbers to 0 and scales up the others to keep the
-# mean. A model that can't rely on any one number learns less by heart. Dropout acts on embeddings,
-# on attention weights, and on what attention and the feed-forward network add to the stream. A new
-# model is in training mode: with dropout, its results vary until we call model.eval(). A huge
-# corpus read once needs no dropout: it can't be learned by heart. Source: Srivastava et al. 2014,
-# "Dropout".
+# mean. A model that can't rely on any one number learns less by heart. Dropout acts on embeddings
+# (section 3), on attention weights, and on what attention and the feed-forward network add to the
+# stream. A new model is in training mode: with dropout, its results vary until we call
+# model.eval(). A huge corpus read once needs no dropout: it can't be learned by heart. Source:
+# Srivastava et al. 2014, "Dropout".
 class LayerNorm(nn.Module):
     """Give each token's C numbers mean 0 and variance 1, then scale and shift them.
 
@@ -219,7 +220,8 @@ def gelu(x, by_hand):
 # three vectors: a query (what am I looking for?), a key (what can I be found by?) and a value (what
 # do I tell whoever finds me?). The score of a query and a key is their dot product, which is large
 # if both point the same way. Softmax turns the scores s of a query into positive weights that sum
-# to 1. The query's token receives the weighted mean of all values:
+# to 1. The mask (below) hides later tokens. The query's token receives the weighted mean of the
+# values:
 #
 #     softmax(s)[i] = exp(s[i]) / (exp(s[0]) + exp(s[1]) + ...)
 #     attention(q, k, v) = softmax(q kᵀ / sqrt(D) + mask) v
@@ -277,7 +279,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.config = config
-        self.layer = layer  # the block's number, for the cache
+        self.layer = layer  # the block's number, for the cache (section 6)
         self.query = nn.Linear(config.n_embd, config.n_embd)
         self.key = nn.Linear(config.n_embd, config.n_embd)
         self.value = nn.Linear(config.n_embd, config.n_embd)
@@ -298,7 +300,8 @@ class CausalSelfAttention(nn.Module):
             y = attention(q, k, v, dropout)
         else:
             # is_causal lets query i see keys 0 to i: right for a text or a prompt. A single new
-            # token may see all S keys and needs no mask. (GPT.forward refuses anything else.)
+            # token may see all S keys and needs no mask. (GPT.forward refuses anything else.) The
+            # kernel gives the result of attention() without storing all (T, S) scores.
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
         # -> (B, T, H, D) -> (B, T, C). The transpose leaves the numbers out of order in memory, so
         # reshape copies them. (Others write .contiguous().view(B, T, C).)
@@ -310,10 +313,11 @@ class FeedForward(nn.Module):
     """Let each token work by itself on what it has gathered: gelu(x W₁ᵀ + b₁) W₂ᵀ + b₂.
 
     Attention only takes means; here conclusions are drawn. Each of the 4C hidden numbers looks for
-    a pattern in the C numbers and says how strongly it's present. A hidden number's row of W₂ᵀ, C
-    numbers long, is scaled by that number and added to the stream. Without the GELU, the two
-    matrices would collapse into their product. Two thirds of a block's parameters are here. The
-    width 4C goes back to Vaswani et al. 2017, section 3.3. Source: src/model.py, mlp()."""
+    a pattern in the C numbers and says how strongly it's present. Each hidden number owns a row of
+    W₂ᵀ, C numbers long. That row, multiplied by the hidden number, is added to the stream. Without
+    the GELU, the two matrices would collapse into their product. Two thirds of a block's parameters
+    are here. The width 4C goes back to Vaswani et al. 2017, section 3.3. Source: src/model.py,
+    mlp()."""
 
     def __init__(self, config):
         super().__init__()
@@ -377,11 +381,12 @@ class TransformerBlock(nn.Module):
 # shorter text does, with the same parameters: each matrix acts on one token's C numbers at a time.
 # Each block can look for what earlier blocks have found.
 #
-# The scores at the end are called logits. Each is the dot product of a position's C numbers with
-# one token's embedding: this last layer, the output head, has no matrix of its own. It is "tied" to
-# the token embedding, for two reasons. Tokens with similar embeddings get similar scores (Press and
-# Wolf 2017, "Using the Output Embedding to Improve Language Models"). And a separate matrix would
-# add V C = 38.6 million parameters to the 124.4 million of 124M: 163.0 in all.
+# The scores at the end are called logits. Each is the dot product of a position's C numbers, after
+# the final norm, with one token's embedding: this last layer, the output head (no relation to
+# attention heads), has no matrix of its own. It is "tied" to the token embedding, for two reasons.
+# Tokens with similar embeddings get similar scores (Press and Wolf 2017, "Using the Output
+# Embedding to Improve Language Models"). And a separate matrix would add V C = 38.6 million
+# parameters to the 124.4 million of 124M: 163.0 in all.
 class GPT(nn.Module):
     """tokens (B, T), int64 -> logits (B, T, V): at each position, a score for every possible next
     token. Raises UserError if the tokens don't fit into the context."""
@@ -393,8 +398,8 @@ class GPT(nn.Module):
         self.position_embedding = nn.Parameter(torch.empty(config.context_length, config.n_embd))
         self.blocks = nn.ModuleList(TransformerBlock(config, n) for n in range(config.n_layer))
         self.final_norm = LayerNorm(config)
-        # On PyTorch's "meta" device, tensors have no numbers. They will come from a file (section
-        # 7). Drawing some would only load PyTorch's compiler, which takes a second.
+        # On PyTorch's "meta" device, tensors have no numbers: they will come from a file (section
+        # 7). Initialising them would only load PyTorch's compiler, which takes a second.
         if not self.token_embedding.is_meta:
             self.init_weights()
 
@@ -453,13 +458,15 @@ class GPT(nn.Module):
 # guessed among 20 tokens. A new model gives every token about 1 / V, so its loss starts near ln V,
 # 10.8 for GPT-2. Text longer than the context is measured in windows. A window's first tokens have
 # little text before them and are predicted worse. To measure exactly, let windows overlap, and
-# count only the later tokens of each.
+# count only the later tokens of each. (Our validation windows lie back to back, so their loss is a
+# little too high.)
 def cross_entropy(logits, targets):
     """The mean of -log softmax(logits)[target], in nats, a scalar; logits (..., V), targets (...).
 
     By softmax's definition, -log p is the logarithm of the sum of all exp(logit), logsumexp, minus
-    the target's logit. A logit's gradient is its token's probability (minus 1 for the target),
-    divided by the number of predictions. All are 0 once the target has probability 1."""
+    the target's logit. PyTorch's F.cross_entropy is the same. A logit's gradient is its token's
+    probability (minus 1 for the target), divided by the number of predictions. All are 0 once the
+    target has probability 1."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # 16 bits are too coarse
     chosen = logits.gather(dim=-1, index=targets.unsqueeze(-1)).squeeze(-1)  # (B, T, V) -> (B, T)
     return (logits.logsumexp(dim=-1) - chosen).mean()
@@ -484,8 +491,8 @@ def cross_entropy(logits, targets):
 # documents. There is no start token: for an empty prompt, we feed <|endoftext|>. Joined documents
 # are cut into equal windows, whatever their lengths, so training needs no padding token. Tokens can
 # attend across <|endoftext|>, so the model must learn to ignore what came before it. In a text or
-# prompt, <|endoftext|> stands for this token. (Other libraries raise an error until you choose this
-# token or plain text, which is several ordinary tokens.)
+# prompt, <|endoftext|> stands for this token. (tiktoken by itself raises an error until you choose:
+# this token, or the several ordinary tokens of its letters. We choose with allowed_special="all".)
 END_OF_TEXT = "<|endoftext|>"
 # In order: endings, as in I'm; letters (\p{L}), digits (\p{N}) or other signs, together with a
 # space before them; white space. \s+(?!\S) stops before a last space, which then joins a word.
@@ -502,12 +509,13 @@ def train_bpe(text, vocab_size):
 
         the most frequent pair   u g, 4 times             becomes token 256, "ug"
         then                     h ug, 3 times            becomes token 257, "hug"
-        then                     a space and hug, 3 times, becomes token 258, " hug"
+        then                     a space and hug, 3 times becomes token 258, " hug"
 
-    At the second step, a space and h also occur 3 times. Of equally frequent pairs, the last in
-    byte order wins. A new text is cut into words and bytes in the same way. Then its pairs are
-    merged in the order they were learned: " hugging" becomes " hug" g i n g. Source: Sennrich et
-    al. 2016, "Neural Machine Translation of Rare Words with Subword Units", algorithm 1."""
+    At the second step, the pair of a space and h also occurs 3 times. Of equally frequent pairs,
+    the last in byte order wins. A new text is cut into words and bytes in the same way. Then its
+    pairs are merged in the order they were learned: " hugging" becomes " hug" g i n g. Source:
+    Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units", algorithm
+    1."""
     check("vocab_size", vocab_size, int, low=256)
     counts = collections.Counter()  # {word: how often it occurs}
     for document in text.split(END_OF_TEXT):
@@ -552,9 +560,9 @@ def make_tokenizer(ranks):
 
 
 def load_tokenizer(name=None, text=None):
-    """The tokenizer: for the name "gpt2" GPT-2's, for a number N a new one, with N tokens learned
-    from the text. tiktoken downloads GPT-2's vocabulary the first time. If that fails and no name
-    was given, we learn 1,024 tokens. Raises UserError if that isn't possible either."""
+    """The name "gpt2" gives GPT-2's tokenizer. A number N gives a new one, with N tokens learned
+    from the text. tiktoken downloads GPT-2's vocabulary the first time. If that fails and none was
+    asked for, we learn 1,024 tokens. Raises UserError if that isn't possible either."""
     if name in (None, "gpt2"):
         try:
             return tiktoken.get_encoding("gpt2")
@@ -591,7 +599,7 @@ def read_data(path):
         if path.endswith(".bin"):
             return np.memmap(path, dtype="<u2", mode="r")
         text = Path(path).read_text(encoding="utf-8", errors="surrogateescape")
-    except (OSError, ValueError) as error:  # ValueError: an empty .bin, or half a token
+    except (OSError, ValueError) as error:  # ValueError: a .bin is empty, or ends within a token
         problem = f"--data {path} can't be read: {error}"
         raise UserError(f"{problem}; it takes one file, a text or a .bin") from error
     return clean_text(text, f"--data {path}")
@@ -626,8 +634,8 @@ def check_tokens(tokens, path, vocab_size):
 #
 # Back to back (stride equal to the context), windows would show each token at only one position,
 # always after the same text. A smaller stride makes them overlap. With stride 1, neighbours are
-# nearly equal, so a thousand of them teach little more than a few. (Windows that start anywhere, as
-# in other projects, are those of stride 1.)
+# nearly equal, so a thousand of them teach little more than a few. The default, 3/4 of the context,
+# is a compromise. (Windows that start anywhere, as in other projects, are those of stride 1.)
 class SlidingWindows(Dataset):
     """Item i is (input, target), each int64 (context_length,). The input starts at token i *
     stride. tokens: a tensor, array or numpy.memmap, read only where needed."""
@@ -683,7 +691,8 @@ def make_windows(data, tokenizer, config, options):
 #
 # backward() goes from end to beginning by the chain rule: the gradient of a layer's input is the
 # gradient of its output times the layer's derivative. The new gradients are added to the old ones.
-# Without zero_grad(), a step would also follow all earlier batches.
+# Without zero_grad(), a step would also follow all earlier batches. The learning rate says how far
+# a step goes.
 @dataclass
 class TrainOptions(Options):
     """The options of `train` and their defaults; brackets say what None stands for. From Python:
@@ -724,15 +733,16 @@ class TrainOptions(Options):
 
 
 # The optimizer is AdamW (Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization"). For
-# each parameter it keeps two numbers: the running means of its gradients and of their squares. A
-# step subtracts learning rate * mean / sqrt(mean of squares) from the parameter. So a parameter
-# moves by about the learning rate, however large its gradients are. If they keep changing sign, it
-# hardly moves. (AdamW corrects for the means' start at 0. An epsilon of 1e-8 keeps the divisor
-# above 0.)
+# each parameter it keeps two numbers: the running means, in which old values fade, of its gradients
+# and of their squares. A step subtracts learning rate * mean / sqrt(mean of squares) from the
+# parameter. So a parameter moves by about the learning rate, however large its gradients are. If
+# they keep changing sign, it hardly moves. (AdamW corrects for the means' start at 0. An epsilon of
+# 1e-8 keeps the divisor above 0.)
 #
-# Weight decay, the W of AdamW, pulls matrices and embeddings towards 0: a weight stays large only
-# if the data keeps asking for it. Biases and LayerNorm weights aren't decayed. They are too few to
-# learn a text by heart, and a LayerNorm with weights near 0 would pass on only its bias.
+# Weight decay, the W of AdamW, also subtracts learning rate * --weight-decay * parameter from
+# matrices and embeddings: a weight stays large only if the data keeps asking for it. Biases and
+# LayerNorm weights aren't decayed. They are too few to learn a text by heart, and a LayerNorm with
+# weights near 0 would pass on only its bias.
 def make_optimizer(model, weight_decay):
     """AdamW. Each step updates its means: mean = beta * mean + (1 - beta) * new number. With beta
     0.9, the mean of the gradients covers about the last 10 steps. With 0.95, the mean of the
@@ -769,27 +779,28 @@ def learning_rate(step, options):
 # by their number, their gradients add up to the gradient of the whole batch. (Undivided, they would
 # be too long. AdamW would hardly notice, since it divides by their size, but clipping would.)
 # --batch-size 4 --accumulate 2 gives the same steps as --batch-size 8 (except for rounding and
-# dropout masks). It takes half the memory for what forward keeps for backward, and more time.
+# dropout masks). It halves the memory for the intermediate results that backward needs, the
+# activations, but takes more time.
 #
 # 16 bits. GPUs multiply 16-bit numbers much faster than 32-bit ones. In training, under "autocast",
 # matrix products run in 16 bits. The stream, LayerNorms, the loss, parameters, their gradients and
 # AdamW's means stay in float32 (Micikevicius et al. 2018, "Mixed Precision Training"). bfloat16 has
 # the range of float32 but few digits. float16 has more digits but a small range, 6e-8 to 65,504. So
-# on CUDA GPUs, training uses bfloat16 if the GPU has it. Sampling turns the whole model into
-# float16, for its digits.
+# on CUDA (NVIDIA) GPUs, training uses bfloat16 if the GPU has it. Sampling on them turns the whole
+# model into float16, for its digits.
 #
 # In float16, tiny gradients become 0. So a scaler multiplies the loss, and thus every gradient, by
 # a large scale factor. Before clipping, the scaler divides gradients by this factor. A gradient
 # that overflows becomes inf, or NaN where inf is subtracted from inf. Then the scaler skips the
 # step and halves the factor. After 2,000 good steps, it doubles the factor. If a number in the
-# forward pass exceeds 65,504, the loss can become NaN. No scaler helps: the run stops. With its
-# range, bfloat16 needs no scaler.
+# forward pass exceeds 65,504, the loss can become NaN. A scaler can't help then, and the run stops.
+# With its range, bfloat16 needs no scaler.
 #
 # Several processes, one for each GPU, hold the same model and optimizer but read different windows
 # (`torchrun --nproc_per_node=2 gpt.py train` starts two). DistributedDataParallel (DDP) averages
-# their gradients, so the models stay the same. Sending gradients takes time, so DDP does it only
-# after the last micro-batch, when they are complete. Each process reads --batch-size windows, so
-# two processes read twice as many in a step.
+# their gradients, so the models stay the same. Sending gradients takes time, so DDP does it only in
+# the backward pass of the last micro-batch, which completes them. Each process reads --batch-size
+# windows, so two processes read twice as many in a step.
 RANK = int(os.environ.get("RANK", "0"))  # torchrun numbers the processes from 0
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))  # the number within one machine
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # how many processes
@@ -835,7 +846,8 @@ def draw_batches(windows, step, options, device):
     They're drawn at random, because a batch read in order would show only one passage, and with
     replacement, so that nobody has to remember which windows were used. They depend only on seed
     and step, so a resumed run draws the same batches as an uninterrupted one. Process r of N takes
-    window r and each N-th after it. (Another seed changes windows, dropout masks and first
+    window r and each N-th after it. There are no epochs: the first run draws 1,040 windows from 96,
+    so it reads each about 11 times. (Another seed changes windows, dropout masks and first
     parameters, not the data or its split.)"""
     rng = np.random.default_rng((options.seed, step))
     count = options.batch_size * options.accumulate * WORLD_SIZE
@@ -863,9 +875,9 @@ def evaluate(model, windows, batch_size, autocast):
 # backward takes twice as many: 12 T C in all. For 124M with T = 1,024, the parameters take 0.75
 # billion operations a token, and attention in all blocks 0.11 billion.
 #
-# Memory. A parameter takes 16 bytes: 4 each for itself, its gradient, and AdamW's two numbers. For
-# 124M, that's 2 GB. What forward keeps for backward grows with B T. The float32 logits alone take 4
-# B T V bytes: 206 MB for a window of 1,024 tokens. If memory is short, lower --batch-size and raise
+# Memory. A parameter takes 16 bytes: 4 each for itself, its gradient, and each of AdamW's two
+# numbers. For 124M, that's 2 GB. The activations grow with B T. The float32 logits alone take 4 B T
+# V bytes: 206 MB for a window of 1,024 tokens. If memory is short, lower --batch-size and raise
 # --accumulate, or shorten --context.
 #
 # best.pt is the model with the lowest validation loss. checkpoint.pt is the latest model, with all
@@ -899,7 +911,8 @@ def train(options, run=None):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, options)
         model.train()  # dropout is on; its masks depend only on seed, step and process
-        # + 1, because NumPy makes the same numbers from (seed, step, 0) as from (seed, step).
+        # + 1, because NumPy makes the same numbers from (seed, step, 0) as from (seed, step), which
+        # has drawn the windows.
         seed = np.random.default_rng((options.seed, step, RANK + 1)).integers(2**62)
         torch.manual_seed(int(seed))
         loss = training_step(wrapped, batches, optimizer, scaler, autocast, options.clip)
@@ -925,7 +938,7 @@ def train(options, run=None):
             model.eval()
             write_text(model, tokenizer, options.prompt, max_new_tokens=40, temperature=0)
     if WORLD_SIZE > 1:
-        del wrapped  # before the group ends, or a process sometimes aborts
+        del wrapped  # before the group ends; otherwise a process sometimes aborts
         torch.distributed.destroy_process_group()
     return model.eval()
 
@@ -933,15 +946,15 @@ def train(options, run=None):
 # ==================================================================================================
 # 6 Decoding
 # If we always take the most probable token ("greedy"), the text runs in circles: one repetition
-# makes another more likely. If we draw each token with its probability, there are blunders:
-# thousands of tokens are unsuitable, and now and then one of them is drawn. Three settings offer a
+# makes another more likely. If we draw each token with its probability, the text has blunders:
+# thousands of tokens don't fit, and now and then one of them is drawn. Three settings offer a
 # middle way (Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration").
 #
 # Temperature divides the logits. Since p is proportional to exp(logit), this raises p to the power
 # 1 / temperature. Below 1, the probable becomes more probable; 0 means greedy. Top-k keeps the k
 # most probable tokens (Fan et al. 2018, "Hierarchical Neural Story Generation"). Top-p keeps the
-# most probable tokens until their probabilities sum to p: few where the model is sure, many where
-# it isn't. The probabilities that are kept are divided by their sum.
+# most probable tokens until their probabilities sum to p or more: few where the model is sure, many
+# where it isn't. The probabilities that are kept are divided by their sum.
 #
 # The order is temperature, top-k, top-p. Each starts from what the one before has left. So top-p
 # adds up the probabilities that are really used for drawing:
@@ -958,7 +971,7 @@ class SampleOptions(Options):
     tokens: int = option(100, "how many tokens to add at most", low=1)
     temperature: float = option(0.8, "lower is safer, higher is wilder, 0 is greedy")
     top_k: int = option(50, "draw from the k most probable tokens; 0: from all")
-    top_p: float = option(1.0, "draw from the most probable, which sum to p; 0: from all", high=1)
+    top_p: float = option(1.0, "draw from the most probable tokens that sum to p; 0: all", high=1)
     samples: int = option(1, "how many texts", low=1)
     ignore_eos: bool = option(False, "continue after <|endoftext|>")
 
@@ -984,16 +997,17 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
 
 # A new token attends to the keys and values of all tokens before it. Thanks to the mask, these
 # don't depend on later tokens, so a cache can keep them. Then only one row, the new token's, goes
-# through the blocks, and the result is the same as recomputing everything. Queries aren't kept:
-# each is used once, by its own token. In 124M, a token's keys and values are 2 n_layer C numbers,
-# in float32 72 KiB. The buffers hold a full context, 72 MiB, from the start.
+# through the blocks, and the result is the same as recomputing everything. (A prompt needs the mask
+# as well. Without it, its keys and values would depend on later tokens, unlike in training.)
+# Queries aren't kept: each is used once, by its own token. In 124M, a token's keys and values are 2
+# n_layer C numbers, in float32 72 KiB. The buffers hold a full context, 72 MiB, from the start.
 #
 # For a new token, each weight is read from memory for one multiplication and one addition. So
 # memory speed limits decoding, and 16-bit weights can make it twice as fast. In training, a weight,
 # read once, serves all B T rows of a batch: there, arithmetic is the limit.
 class KVCache:
-    """The keys and values of the tokens read so far, for a batch of texts of one length. GPT-2 has
-    no padding token, so texts of different lengths are generated one by one."""
+    """The keys and values of the tokens read so far, for a batch of texts of the same length. GPT-2
+    has no padding token, so texts of different lengths are continued one by one."""
 
     def __init__(self, config):
         self.capacity = config.context_length
@@ -1026,7 +1040,7 @@ def generate(
 ):
     """Yield the next token of each row, int64 (B,), up to max_new_tokens times.
 
-    prompt: int64 (B, T), of which the newest context_length tokens are read. Raises UserError if it
+    prompt: int64 (B, T), of which the last context_length tokens are read. Raises UserError if it
     isn't such a tensor. A row that has produced eos, the end-of-text token, continues with eos.
     Once every row has produced it, generate ends. Without a seed, PyTorch's global generator
     draws."""
@@ -1085,7 +1099,8 @@ def sample(options):
         model, tokenizer, state = load_checkpoint(path)
         if state:
             show(f"{path}, after {state['step']} steps")
-    # A padded vocabulary (section 1) has rows that belong to no token and mustn't be drawn.
+    # A model made in Python can have a padded vocabulary (section 1), with rows that belong to no
+    # token and mustn't be drawn.
     model.token_embedding.data = model.token_embedding.data[: tokenizer.n_vocab]
     model.to(device, dtype)
     speed_up_decoding(model)  # section 9
@@ -1118,8 +1133,8 @@ def sample(options):
 # there, because it is tied to model/wte. (Other copies of GPT-2 also store the mask, as attn.bias
 # and attn.masked_bias. It isn't learned and can be dropped.)
 #
-# The file is mapped into memory, and our parameters are views of it. Nothing is copied or computed.
-# OpenAI's matrices differ only in how we look at them:
+# The file is mapped into memory, and our parameters are views of it. Loading copies and computes
+# nothing. OpenAI's matrices differ only in how we look at them:
 #
 #     nn.Linear             x Wᵀ + b     with W (out, in)
 #     OpenAI's conv1d()     x w + b      with w (in, out)
