@@ -1363,6 +1363,8 @@ def test_a_resumed_run_may_change_all_but_the_model(capsys):
     assert model.token_embedding.norm() < 0.3 * embedding.norm(), "the new decay isn't used"
     Path("moved.txt").write_text(2 * LESSON)
     assert "changed" in run(capsys, f"{RESUME} --steps 6").err
+    lowest = training_state()["best_val_loss"]
+    assert lowest == pytest.approx(float(log()[-1]["val_loss"])), "other text has other losses"
     os.replace("out/best.pt", LAST)  # a model without the state of a run
     assert "only a model" in refusal(capsys, RESUME)
 
