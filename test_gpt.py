@@ -849,6 +849,8 @@ def test_a_sample_has_any_prompt_and_stops_at_the_end_of_text(capsys, monkeypatc
     typed = io.TextIOWrapper(io.BytesIO("\ufeffé\r\n☕\n".encode()), "latin-1")
     monkeypatch.setattr("sys.stdin", typed)
     assert run(capsys, f"{RECITE} --prompt - --tokens 1").out == "é\n☕w\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), "latin-1"))
+    assert "standard input isn't UTF-8" in refusal(capsys, f"{RECITE} --prompt -")
     for prompt in ("naïve 日本語", "word " * 99):
         assert run(capsys, f"{RECITE} --tokens 5 --prompt", prompt).out.startswith(prompt)
     model = random_model(vocab_size=257)
