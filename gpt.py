@@ -48,6 +48,7 @@ import ctypes
 import functools
 import math
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -583,7 +584,7 @@ def clean_text(text, source):
     """The text with lines that end in \\n and no byte-order mark. Raises UserError if it has zero
     bytes, isn't UTF-8 (Python reads invalid bytes as \\ud800 to \\udfff), or has so much white
     space in a row that tiktoken gives up."""
-    wrong = regex.search(r"[\0\ud800-\udfff]|(?<!\s)\s{900000}", text)
+    wrong = re.search(r"[\0\ud800-\udfff]|(?<!\s)\s{900000}", text)
     if wrong:
         problem = f"character {wrong.start():,} is a zero or invalid byte, or begins endless spaces"
         raise UserError(f"{source} isn't UTF-8 text: {problem}; convert the text first")
@@ -603,22 +604,6 @@ def read_data(path):
         problem = f"--data {path} can't be read: {error}"
         raise UserError(f"{problem}; it takes one file, a text or a .bin") from error
     return clean_text(text, f"--data {path}")
-
-
-def check_tokens(tokens, path, vocab_size):
-    """Raise UserError if a .bin doesn't hold GPT-2's tokens. This reads all of it, in pieces."""
-    largest = 0
-    for start in range(0, len(tokens), 2**24):
-        piece = np.fromfile(path, dtype="<u2", count=2**24, offset=2 * start)
-        largest = max(largest, int(piece.max()))
-    advice = "it must hold GPT-2's tokens as uint16, without a header"
-    if largest >= vocab_size:
-        problem = f"has token {largest:,}, but the model knows only {vocab_size:,}"
-        raise UserError(f"--data {path} {problem}; {advice}")
-    if len(tokens) > 1 and not tokens[1:2000:2].any():
-        raise UserError(f"--data {path} has a zero in every second place, like uint32; {advice}")
-    if largest < 256 and Path(path).with_name("meta.pkl").exists():
-        raise UserError(f"--data {path} holds characters, as meta.pkl beside it shows; {advice}")
 
 
 # A window has an input, context_length tokens of the text, and a target, the same tokens shifted by
@@ -661,11 +646,9 @@ def make_windows(data, tokenizer, config, options):
     """(training windows, validation windows) from a text or tokens. Validation gets the text's end,
     at most about 64 windows. (Random windows would overlap with those trained on.) An end shorter
     than a window becomes one short window. Raises UserError if no window is left to train on."""
+    tokens = data
     if isinstance(data, str):
         tokens = tokenizer.encode_to_numpy(data, allowed_special="all")
-    else:
-        tokens = data
-        check_tokens(tokens, options.data, config.vocab_size)
     context = options.context or config.context_length
     check("--context", context, int, high=config.context_length)
     val_count = int(len(tokens) * options.val_fraction)
@@ -1199,9 +1182,9 @@ def open_gpt2(options, **changes):
     """OpenAI's model and tokenizer, downloaded if missing. changes: as in load_gpt2()."""
     tokenizer = load_tokenizer("gpt2")
     config = replace(GPT2_CONFIGS[options.gpt2], **changes)
-    path = Path(options.gpt2_folder, GPT2_FILE)
-    if not path.exists():
-        path = Path(options.gpt2_folder, options.gpt2, GPT2_FILE)
+    path = Path(options.gpt2_folder, options.gpt2, GPT2_FILE)
+    if not path.exists() and Path(options.gpt2_folder, GPT2_FILE).exists():
+        path = Path(options.gpt2_folder, GPT2_FILE)
     if not path.exists():
         url = f"{options.gpt2_url}/{options.gpt2}/{GPT2_FILE}"
         print(f"downloading {url}", file=sys.stderr)
@@ -1288,6 +1271,24 @@ def choose_device(options, training):
     return torch.device(name), getattr(torch, dtype)
 
 
+def check_tokens(tokens, path, vocab_size):
+    """Raise UserError if a .bin doesn't hold GPT-2's tokens. This reads all of it, in pieces."""
+    if isinstance(tokens, str):
+        return  # a text
+    largest = 0
+    for start in range(0, len(tokens), 2**24):
+        piece = np.fromfile(path, dtype="<u2", count=2**24, offset=2 * start)
+        largest = max(largest, int(piece.max()))
+    advice = "it must hold GPT-2's tokens as uint16, without a header"
+    if largest >= vocab_size:
+        problem = f"has token {largest:,}, but the model knows only {vocab_size:,}"
+        raise UserError(f"--data {path} {problem}; {advice}")
+    if len(tokens) > 1 and not tokens[1:2000:2].any():
+        raise UserError(f"--data {path} has a zero in every second place, like uint32; {advice}")
+    if largest < 256 and Path(path).with_name("meta.pkl").exists():
+        raise UserError(f"--data {path} holds characters, as meta.pkl beside it shows; {advice}")
+
+
 def new_run(options):
     """(model, tokenizer, data, training_state) of a new run. Raises UserError if --out already
     holds a run or can't be written to."""
@@ -1312,6 +1313,7 @@ def new_run(options):
         config = replace(config, vocab_size=tokenizer.n_vocab, by_hand=options.by_hand, **given)
         torch.manual_seed(options.seed)  # for the parameters
         model = GPT(config)
+    check_tokens(data, options.data, model.config.vocab_size)
     return model, tokenizer, data, {"step": 0, "best_val_loss": math.inf, "log": []}
 
 
@@ -1332,7 +1334,9 @@ def resume(out="out", **given):
         raise UserError(f"{path} has taken all {state['step']} steps; give it more with --steps")
     config = replace(model.config, dropout=options.dropout, by_hand=options.by_hand)
     model = model_from(config, model.state_dict())
-    return train(options, (model, tokenizer, read_data(options.data), state))
+    data = read_data(options.data)
+    check_tokens(data, options.data, config.vocab_size)
+    return train(options, (model, tokenizer, data, state))
 
 
 def start_log(options, state, model, tokenizer, windows):
@@ -1340,10 +1344,11 @@ def start_log(options, state, model, tokenizer, windows):
     is saved at once, so that --resume always works."""
     size = sum(parameter.numel() for parameter in model.parameters())
     show(f"{size:,} parameters learn from {len(windows):,} windows of {windows.context_length}")
-    if state.get("windows", len(windows)) != len(windows):
-        show(f"(There were {state['windows']:,} before: the data or an option has changed.)")
+    count = len(windows.tokens)
+    if state.get("tokens", count) != count:
+        show(f"(The data has changed: {count:,} tokens instead of {state['tokens']:,}.)")
         state["best_val_loss"] = math.inf  # it was measured on other text
-    state["windows"] = len(windows)
+    state["tokens"] = count
     state["options"] = asdict(options)
     if state["step"] == 0:
         save_checkpoint(Path(options.out, "checkpoint.pt"), model, tokenizer, state)

@@ -1414,7 +1414,7 @@ def test_what_ends_a_run_is_one_line_unless_it_is_a_bug(capsys, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(gpt, name, failing(error))
             assert re.search(words, refusal(capsys, command, status=status))
-    assert training_state()["windows"] > 0, "or --resume can't see that the data has changed"
+    assert training_state()["tokens"] > 0, "or --resume can't see that the data has changed"
     with monkeypatch.context() as patch:
         patch.setattr(gpt, "WORLD_SIZE", 2)
         assert "torchrun" in refusal(capsys, f"{TRAIN} --out other")
