@@ -584,10 +584,12 @@ def clean_text(text, source):
     """The text with lines that end in \\n and no byte-order mark. Raises UserError if it has zero
     bytes, isn't UTF-8 (Python reads invalid bytes as \\ud800 to \\udfff), or has so much white
     space in a row that tiktoken gives up."""
-    wrong = re.search(r"[\0\ud800-\udfff]|(?<!\s)\s{900000}", text)
+    wrong = re.search(r"[\0\ud800-\udfff]", text)
     if wrong:
-        problem = f"character {wrong.start():,} is a zero or invalid byte, or begins endless spaces"
+        problem = f"character {wrong.start():,} is a zero or invalid byte"
         raise UserError(f"{source} isn't UTF-8 text: {problem}; convert the text first")
+    if re.search(r"(?<!\s)\s{900000}", text):
+        raise UserError(f"{source} has 900,000 white spaces in a row, too many for tiktoken")
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
