@@ -459,7 +459,7 @@ class GPT(nn.Module):
 # guessed among 20 tokens. A new model gives every token about 1 / V, so its loss starts near ln V,
 # 10.8 for GPT-2. Text longer than the context is measured in windows. A window's first tokens have
 # little text before them and are predicted worse. To measure exactly, let windows overlap, and
-# count only the later tokens of each. (Our validation windows lie back to back, so their loss is a
+# count only the later tokens of each. (Our validation windows don't overlap, so their loss is a
 # little too high.)
 def cross_entropy(logits, targets):
     """The mean of -log softmax(logits)[target], in nats, a scalar; logits (..., V), targets (...).
@@ -1264,6 +1264,9 @@ def choose_device(options, training):
     if training and WORLD_SIZE > 1 and "MASTER_ADDR" not in os.environ:
         raise UserError(f"WORLD_SIZE is {WORLD_SIZE}: start with torchrun, or unset it")
     if name == "cuda":
+        count = torch.cuda.device_count()
+        if LOCAL_RANK >= count:
+            raise UserError(f"start at most {count} processes: this machine has no more GPUs")
         torch.cuda.set_device(LOCAL_RANK)
     dtype = options.dtype
     if dtype == "auto":

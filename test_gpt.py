@@ -522,7 +522,7 @@ def test_text_is_the_same_from_a_file_a_pipe_or_a_prompt(capsys):
         run(capsys, f"{TRAIN} --data pipe")
 
 
-def test_a_bin_file_is_what_it_claims_to_be():
+def test_a_bin_file_is_what_it_claims_to_be(capsys, monkeypatch):
     """Each of these isn't. nanoGPT leaves a meta.pkl beside numbers of characters."""
     wrong = {  # what the error says: the numbers of a .bin, and their type
         "zero .* uint16": ([15496, 11, 314, 716] * 9, "<u4"),
@@ -538,6 +538,12 @@ def test_a_bin_file_is_what_it_claims_to_be():
         np.array(numbers, dtype).tofile(path)
         with pytest.raises(gpt.UserError, match=f"--data {path} .*{message}"):
             gpt.check_tokens(gpt.read_data(path), path, 50257)
+    tokenizer = gpt.load_tokenizer(280, LESSON)
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: tokenizer)
+    np.full(100, 280, "<u2").tofile("new.bin")
+    assert "token 280" in refusal(capsys, f"{BARE} --data new.bin")
+    run(capsys, TRAIN)
+    assert "token 280" in refusal(capsys, f"{RESUME} --steps 3 --data new.bin")
 
 
 def test_a_bin_file_trains_as_the_text_that_it_was_made_from(vocabulary, capsys):
@@ -1378,6 +1384,7 @@ def test_the_accelerator_decides_the_dtype(modern, monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: cuda)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(gpt, "RANK", 9)
     monkeypatch.setattr(gpt, "LOCAL_RANK", 1)
     supported = lambda including_emulation=True: modern or including_emulation
@@ -1391,6 +1398,9 @@ def test_the_accelerator_decides_the_dtype(modern, monkeypatch):
     options = gpt.TrainOptions(dtype="float32")
     assert gpt.choose_device(options, training=True) == (cuda, torch.float32)
     assert set(chosen) == {1}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(gpt.UserError, match="at most 1 processes"):
+        gpt.choose_device(options, training=True)
 
 
 def failing(error):
