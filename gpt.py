@@ -465,9 +465,8 @@ def cross_entropy(logits, targets):
     """The mean of -log softmax(logits)[target], in nats, a scalar; logits (..., V), targets (...).
 
     By softmax's definition, -log p is the logarithm of the sum of all exp(logit), logsumexp, minus
-    the target's logit. PyTorch's F.cross_entropy is the same. A logit's gradient is its token's
-    probability (minus 1 for the target), divided by the number of predictions. All are 0 once the
-    target has probability 1."""
+    the target's logit. A logit's gradient is its token's probability (minus 1 for the target),
+    divided by the number of predictions. All are 0 once the target has probability 1."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # 16 bits are too coarse
     chosen = logits.gather(dim=-1, index=targets.unsqueeze(-1)).squeeze(-1)  # (B, T, V) -> (B, T)
     return (logits.logsumexp(dim=-1) - chosen).mean()
