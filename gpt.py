@@ -466,7 +466,8 @@ def cross_entropy(logits, targets):
 
     By softmax's definition, -log p is the logarithm of the sum of all exp(logit), logsumexp, minus
     the target's logit. A logit's gradient is its token's probability (minus 1 for the target),
-    divided by the number of predictions. All are 0 once the target has probability 1."""
+    divided by the number of predictions. All these gradients are 0 once the target has probability
+    1."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # 16 bits are too coarse
     chosen = logits.gather(dim=-1, index=targets.unsqueeze(-1)).squeeze(-1)  # (B, T, V) -> (B, T)
     return (logits.logsumexp(dim=-1) - chosen).mean()
@@ -728,12 +729,13 @@ class TrainOptions(Options):
 # LayerNorm weights aren't decayed. They are too few to learn a text by heart, and a LayerNorm with
 # weights near 0 would pass on only its bias.
 def make_optimizer(model, weight_decay):
-    """AdamW. Each step updates its means: mean = beta * mean + (1 - beta) * new number. With beta
+    """AdamW, after putting the numbers of each parameter in order: the fused (fast) version needs
+    that. Each step updates AdamW's means: mean = beta * mean + (1 - beta) * new number. With beta
     0.9, the mean of the gradients covers about the last 10 steps. With 0.95, the mean of the
-    squares covers about 20. fused=True is PyTorch's fast version. Source: Brown et al. 2020,
-    "Language Models are Few-Shot Learners", appendix B."""
-    for parameter in model.parameters():  # OpenAI's matrices lie column by column
-        parameter.data = parameter.data.contiguous()  # the fused version needs them row by row
+    squares covers about 20. Source: Brown et al. 2020, "Language Models are Few-Shot Learners",
+    appendix B."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.contiguous()  # row by row; OpenAI's lie column by column
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
@@ -887,7 +889,7 @@ def train(options, run=None):
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     wrapped = wrap(model, options)
     if RANK == 0:
-        start_log(options, state, model, tokenizer, windows)
+        start_run(options, state, model, tokenizer, windows)
 
     for step in range(state["step"] + 1, options.steps + 1):
         started = time.perf_counter()
@@ -1014,7 +1016,7 @@ class KVCache:
 
 # A full context has no position for one more token. If we dropped just its first token, all others
 # would move to new positions and need new keys and values, again for every new token. So we keep
-# the newest half of the tokens, including the new one, and read it again at positions 0, 1, ...
+# the newest half of the tokens, including the new one, and read them again at positions 0, 1, ...
 #     [ a b c d e f g h ] + i   becomes   [ f g h i . . . . ]
 # With 1,024 positions, this happens about every 512 tokens. One pass of 512 tokens costs far less
 # than 512 passes of one. The model forgets what was dropped.
@@ -1124,7 +1126,7 @@ def sample(options):
 #     OpenAI's conv1d()     x w + b      with w (in, out)
 #
 # So W is w.t(), a view with rows and columns exchanged. No number moves. In c_attn, three matrices
-# stand side by side: query, key and value each take a third of w's columns, W's rows. The
+# stand side by side: query, key and value each take a third of w's columns, which are W's rows. The
 # embeddings stay as they are.
 GPT2_FILE = "model.ckpt.data-00000-of-00001"
 GPT2_NAMES = {  # OpenAI's name and ours, in each block
@@ -1276,7 +1278,8 @@ def choose_device(options, training):
 
 
 def check_tokens(tokens, path, vocab_size):
-    """Raise UserError if a .bin doesn't hold GPT-2's tokens. This reads all of it, in pieces."""
+    """Raise UserError if a .bin doesn't hold GPT-2's tokens. This reads all of it, in pieces, so
+    that memory doesn't grow with the file."""
     if isinstance(tokens, str):
         return  # a text
     largest = 0
@@ -1343,7 +1346,7 @@ def resume(out="out", **given):
     return train(options, (model, tokenizer, data, state))
 
 
-def start_log(options, state, model, tokenizer, windows):
+def start_run(options, state, model, tokenizer, windows):
     """Show what is trained, and rewrite log.csv from the rows stored in the checkpoint. A new run
     is saved at once, so that --resume always works."""
     size = sum(parameter.numel() for parameter in model.parameters())
