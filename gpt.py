@@ -1351,6 +1351,7 @@ def start_run(options, state, model, tokenizer, windows):
     is saved at once, so that --resume always works."""
     size = sum(parameter.numel() for parameter in model.parameters())
     show(f"{size:,} parameters learn from {len(windows):,} windows of {windows.context_length}")
+    show(f"{options.out} gets checkpoint.pt (the latest), best.pt (lowest val) and log.csv")
     count = len(windows.tokens)
     if state.get("tokens", count) != count:
         show(f"(The data has changed: {count:,} tokens instead of {state['tokens']:,}.)")
