@@ -251,8 +251,8 @@ def gelu(x, by_hand):
 #   always  (1, 0)  (1, 1)  (1, 1)    0.00   0.71   0.71     0.20  0.40  0.40      (0.60, 0.80)
 def attention(q, k, v, dropout=0.0):
     """The formula above, for all heads (see the class below): q (B, H, T, D), k and v (B, H, S, D)
-    -> (B, H, T, D). The queries belong to the last T of the S tokens: query i sees tokens 0 to S -
-    T + i. Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1."""
+    -> (B, H, T, D). The queries belong to the last T of the S tokens, so query i sees tokens 0 to S
+    - T + i. Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1."""
     T = q.shape[2]
     S = k.shape[2]
     scores = q @ k.transpose(-2, -1)  # (B, H, T, D) @ (B, H, D, S) -> (B, H, T, S)
@@ -313,12 +313,12 @@ class CausalSelfAttention(nn.Module):
 class FeedForward(nn.Module):
     """Let each token work by itself on what it has gathered: gelu(x W₁ᵀ + b₁) W₂ᵀ + b₂.
 
-    Attention only takes means; here conclusions are drawn. Each of the 4C hidden numbers looks for
-    a pattern in the C numbers and says how strongly it's present. Each hidden number owns a row of
-    W₂ᵀ, C numbers long. That row, multiplied by the hidden number, is added to the stream. Without
-    the GELU, the two matrices would collapse into their product. Two thirds of a block's parameters
-    are here. The width 4C goes back to Vaswani et al. 2017, section 3.3. Source: src/model.py,
-    mlp()."""
+    Attention only takes means. The feed-forward network draws conclusions from them. Each of the 4C
+    hidden numbers looks for a pattern in the C numbers and says how strongly it's present. Each
+    hidden number owns a row of W₂ᵀ, C numbers long. That row, multiplied by the hidden number, is
+    added to the stream. Without the GELU, the two matrices would collapse into their product. Two
+    thirds of a block's parameters are here. The width 4C goes back to Vaswani et al. 2017, section
+    3.3. Source: src/model.py, mlp()."""
 
     def __init__(self, config):
         super().__init__()
@@ -383,7 +383,7 @@ class TransformerBlock(nn.Module):
 # Each block can look for what earlier blocks have found.
 #
 # The scores at the end are called logits. Each is the dot product of a position's C numbers, after
-# the final norm, with one token's embedding: this last layer, the output head (no relation to
+# the final norm, with one token's embedding. So this last layer, the output head (no relation to
 # attention heads), has no matrix of its own. It is "tied" to the token embedding, for two reasons.
 # Tokens with similar embeddings get similar scores (Press and Wolf 2017, "Using the Output
 # Embedding to Improve Language Models"). And a separate matrix would add V C = 38.6 million
@@ -400,7 +400,8 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(TransformerBlock(config, n) for n in range(config.n_layer))
         self.final_norm = LayerNorm(config)
         # On PyTorch's "meta" device, tensors have no numbers: they will come from a file (section
-        # 7). Initialising them would only load PyTorch's compiler, which takes a second.
+        # 7). Initialising them would only cost time (a second, in which PyTorch loads its
+        # compiler).
         if not self.token_embedding.is_meta:
             self.init_weights()
 
@@ -411,10 +412,10 @@ class GPT(nn.Module):
         OpenAI chose 0.02; it makes the first logits small. Each block adds two results to the
         stream. Their variances add up, so the sum of 2 n_layer results has sqrt(2 n_layer) times
         the standard deviation of one. So the matrices that make them, `attention.projection` and
-        `feed_forward.projection`, start with 0.02 / sqrt(2 n_layer). The sum is then as large as
-        one result with 0.02, for any number of blocks. LayerNorms don't prevent this growth: they
-        only normalise what a block reads. Source: GPT-2 paper, section 2.3. (OpenAI's src/model.py
-        has 0.01 for positions and 0.02 for projections.)"""
+        `feed_forward.projection`, start with 0.02 / sqrt(2 n_layer). The sum is then as large as a
+        single result whose matrix started with 0.02, for any number of blocks. LayerNorms don't
+        prevent this growth: they only normalise what a block reads. Source: GPT-2 paper, section
+        2.3. (OpenAI's src/model.py has 0.01 for positions and 0.02 for projections.)"""
         for name, parameter in self.named_parameters():
             if name.endswith("projection.weight"):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer))
@@ -491,9 +492,10 @@ def cross_entropy(logits, targets):
 # text has ended. A model that never saw it rarely writes it, so put <|endoftext|> between your
 # documents. There is no start token: for an empty prompt, we feed <|endoftext|>. Joined documents
 # are cut into equal windows, whatever their lengths, so training needs no padding token. Tokens can
-# attend across <|endoftext|>, so the model must learn to ignore what came before it. In a text or
-# prompt, <|endoftext|> stands for this token. (tiktoken by itself raises an error until you choose:
-# this token, or the several ordinary tokens of its letters. We choose with allowed_special="all".)
+# attend across <|endoftext|>, which does little harm: the model learns to ignore what came before
+# it. In a text or prompt, <|endoftext|> stands for this token. (tiktoken by itself raises an error
+# until you choose: this token, or the several ordinary tokens of its letters. We choose with
+# allowed_special="all".)
 END_OF_TEXT = "<|endoftext|>"
 # In order: endings, as in I'm; letters (\p{L}), digits (\p{N}) or other signs, together with a
 # space before them; white space. \s+(?!\S) stops before a last space, which then joins a word.
@@ -622,7 +624,7 @@ def read_data(path):
 # Back to back (stride equal to the context), windows would show each token at only one position,
 # always after the same text. A smaller stride makes them overlap. With stride 1, neighbours are
 # nearly equal, so a thousand of them teach little more than a few. The default, 3/4 of the context,
-# is a compromise. (Windows that start anywhere, as in other projects, are those of stride 1.)
+# is a compromise. (Other projects let windows start at any token, which is stride 1.)
 class SlidingWindows(Dataset):
     """Item i is (input, target), each int64 (context_length,). The input starts at token i *
     stride. tokens: a tensor, array or numpy.memmap, read only where needed."""
@@ -761,12 +763,12 @@ def learning_rate(step, options):
 # is scaled down to that length. Source: Pascanu et al. 2013, "On the difficulty of training
 # recurrent neural networks".
 #
-# Accumulation. A batch too large for memory can be read in micro-batches. If each loss is divided
-# by their number, their gradients add up to the gradient of the whole batch. (Undivided, they would
-# be too long. AdamW would hardly notice, since it divides by their size, but clipping would.)
-# --batch-size 4 --accumulate 2 gives the same steps as --batch-size 8 (except for rounding and
-# dropout masks). It halves the memory for the intermediate results that backward needs, the
-# activations, but takes more time.
+# Accumulation. A batch too large for memory can be read in micro-batches. If each micro-batch's
+# loss is divided by the number of micro-batches, the gradients add up to the gradient of the whole
+# batch. (Undivided, they would be too long. AdamW would hardly notice, since it divides by their
+# size, but clipping would.) --batch-size 4 --accumulate 2 gives the same steps as --batch-size 8
+# (except for rounding and dropout masks). It halves the memory for the intermediate results that
+# backward needs, the activations, but takes more time.
 #
 # 16 bits. GPUs multiply 16-bit numbers much faster than 32-bit ones. In training, under "autocast",
 # matrix products run in 16 bits. The stream, LayerNorms, the loss, parameters, their gradients and
@@ -775,8 +777,9 @@ def learning_rate(step, options):
 # on CUDA (NVIDIA) GPUs, training uses bfloat16 if the GPU has it. Sampling on them turns the whole
 # model into float16, for its digits.
 #
-# In float16, tiny gradients become 0. So a scaler multiplies the loss, and thus every gradient, by
-# a large scale factor. Before clipping, the scaler divides gradients by this factor. A gradient
+# GPUs without bfloat16 train in float16. On their way back through 16-bit products, gradients have
+# 16 bits as well, and tiny ones become 0. So a scaler multiplies the loss, and thus every gradient,
+# by a large scale factor. Before clipping, the scaler divides gradients by this factor. A gradient
 # that overflows becomes inf, or NaN where inf is subtracted from inf. Then the scaler skips the
 # step and halves the factor. After 2,000 good steps, it doubles the factor. If a number in the
 # forward pass exceeds 65,504, the loss can become NaN. A scaler can't help then, and the run stops.
@@ -785,8 +788,8 @@ def learning_rate(step, options):
 # Several processes, one for each GPU, hold the same model and optimizer but read different windows
 # (`torchrun --nproc_per_node=2 gpt.py train` starts two). DistributedDataParallel (DDP) averages
 # their gradients, so the models stay the same. Sending gradients takes time, so DDP does it only in
-# the backward pass of the last micro-batch, which completes them. Each process reads --batch-size
-# windows, so two processes read twice as many in a step.
+# the backward pass of the last micro-batch, when the gradients are complete. Each process reads its
+# own --batch-size windows, so two processes read twice as many in a step.
 RANK = int(os.environ.get("RANK", "0"))  # torchrun numbers the processes from 0
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))  # the number within one machine
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # how many processes
@@ -989,8 +992,8 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
 # n_layer C numbers, in float32 72 KiB. The buffers hold a full context, 72 MiB, from the start.
 #
 # For a new token, each weight is read from memory for one multiplication and one addition. So
-# memory speed limits decoding, and 16-bit weights can make it twice as fast. In training, a weight,
-# read once, serves all B T rows of a batch: there, arithmetic is the limit.
+# memory speed limits decoding, and 16-bit weights can make it twice as fast. In training, a weight
+# is read once for all B T rows of a batch, so arithmetic is the limit.
 class KVCache:
     """The keys and values of the tokens read so far, for a batch of texts of the same length. GPT-2
     has no padding token, so texts of different lengths are continued one by one."""
