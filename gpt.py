@@ -75,16 +75,13 @@ class UserError(ValueError):
 
 def check(name, value, kind, low=0, high=1e18, choices=None):
     """Return the value as an int, float or str. Raises UserError if a number isn't between low and
-    high, or a str is empty or not one of the choices."""
-    limits = f"from {low:g} to {high:g}"
-    words = {int: f"a whole number {limits}", float: f"a number {limits}", str: "a name"}
-    expected = f"one of {', '.join(choices)}" if choices else words[kind]
+    high, or a str isn't one of the choices."""
+    expected = f"{'a whole number' if kind is int else 'a number'} from {low:g} to {high:g}"
+    if choices:
+        expected = f"one of {', '.join(choices)}"
     try:
         plain = kind(str(value))  # "5" becomes 5, but 1.5 isn't an int
-        if kind is str:
-            valid = plain != "" and plain in (choices or [plain])
-        else:
-            valid = low <= plain <= high
+        valid = plain in (choices or [plain]) if kind is str else low <= plain <= high
     except ValueError:
         valid = False
     if not valid:
@@ -152,14 +149,10 @@ class Options:
         self.prompt = clean_text(self.prompt, "--prompt")
         for item in fields(self):
             value = getattr(self, item.name)
-            not_given = value is None and item.default is None
-            if not_given or item.type is bool or item.name == "prompt":
-                continue
-            name = "--" + item.name.replace("_", "-")
-            value = check(name, value, item.type, **item.metadata["limits"])
-            if item.type is str:
-                value = os.path.expanduser(value)  # ~ is the home folder
-            setattr(self, item.name, value)
+            given = value is not None or item.default is not None
+            if given and item.type is not bool:
+                name = "--" + item.name.replace("_", "-")
+                setattr(self, item.name, check(name, value, item.type, **item.metadata["limits"]))
 
 
 # ==================================================================================================
@@ -506,7 +499,7 @@ STORY = str(Path(globals().get("__file__", "gpt.py")).resolve().with_name("the-v
 
 def train_bpe(text, vocab_size):
     """Learn a vocabulary, {token as bytes: its number}: the 256 bytes, then merged pairs, up to
-    vocab_size or until no pair is left. Raises UserError if vocab_size is below 256.
+    vocab_size or until no pair is left.
 
     In the text " hug hug hugs pug", for example:
 
@@ -519,7 +512,6 @@ def train_bpe(text, vocab_size):
     pairs are merged in the order they were learned: " hugging" becomes " hug" g i n g. Source:
     Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units", algorithm
     1."""
-    check("vocab_size", vocab_size, int, low=256)
     counts = collections.Counter()  # {word: how often it occurs}
     for document in text.split(END_OF_TEXT):
         counts.update(regex.findall(WORDS, document))
@@ -566,32 +558,30 @@ def load_tokenizer(name=None, text=None):
     """The name "gpt2" gives GPT-2's tokenizer. A number N gives a new one, with N tokens learned
     from the text. tiktoken downloads GPT-2's vocabulary the first time. If that fails and none was
     asked for, we learn 1,024 tokens. Raises UserError if that isn't possible either."""
-    if name in (None, "gpt2"):
-        try:
-            return tiktoken.get_encoding("gpt2")
-        except (OSError, ValueError) as error:  # no network, or a wrong file
-            problem = f"GPT-2's vocabulary can't be downloaded ({type(error).__name__})"
-            if name == "gpt2" or text is None:
-                advice = "go online, or set TIKTOKEN_CACHE_DIR to where it is"
-                raise UserError(f"{problem}; {advice}") from error
-            print(f"{problem}; learning 1,024 tokens from the text instead", file=sys.stderr)
-            name = 1024
-    if text is None:
-        raise UserError(f"--tokenizer is {name}; the tokens of a .bin file need gpt2")
-    size = check("--tokenizer (unless gpt2)", name, int, low=257)
-    return make_tokenizer(train_bpe(text, size - 1))  # one number is left for <|endoftext|>
+    if name not in (None, "gpt2"):
+        if text is None:
+            raise UserError(f"--tokenizer is {name}; the tokens of a .bin file need gpt2")
+        size = check("--tokenizer (unless gpt2)", name, int, low=257)
+        return make_tokenizer(train_bpe(text, size - 1))  # one number is left for <|endoftext|>
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except (OSError, ValueError) as error:  # no network, or a wrong file
+        problem = f"GPT-2's vocabulary can't be downloaded ({type(error).__name__})"
+        if name == "gpt2" or text is None:
+            advice = "go online, or set TIKTOKEN_CACHE_DIR to where it is"
+            raise UserError(f"{problem}; {advice}") from error
+        print(f"{problem}; learning 1,024 tokens from the text instead", file=sys.stderr)
+        return load_tokenizer(1024, text)
 
 
 def clean_text(text, source):
     """The text with lines that end in \\n and no byte-order mark. Raises UserError if it has zero
     bytes, isn't UTF-8 (Python reads invalid bytes as \\ud800 to \\udfff), or has so much white
     space in a row that tiktoken gives up."""
-    wrong = re.search(r"[\0\ud800-\udfff]", text)
+    wrong = re.search(r"[\0\ud800-\udfff]|(?<!\s)\s{900000}", text)
     if wrong:
-        problem = f"character {wrong.start():,} is a zero or invalid byte"
-        raise UserError(f"{source} isn't UTF-8 text: {problem}; convert the text first")
-    if re.search(r"(?<!\s)\s{900000}", text):
-        raise UserError(f"{source} has 900,000 white spaces in a row, too many for tiktoken")
+        problem = "a zero byte, an invalid byte, or 900,000 white spaces in a row"
+        raise UserError(f"{source} isn't UTF-8 text: at character {wrong.start():,} is {problem}")
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -608,6 +598,21 @@ def read_data(path):
         problem = f"--data {path} can't be read: {error}"
         raise UserError(f"{problem}; it takes one file, a text or a .bin") from error
     return clean_text(text, f"--data {path}")
+
+
+def check_tokens(tokens, path, vocab_size):
+    """Raise UserError if a .bin doesn't hold GPT-2's tokens. This reads all of it, in pieces, so
+    that memory doesn't grow with the file."""
+    starts = range(0, len(tokens), 2**24)
+    largest = max(np.fromfile(path, "<u2", 2**24, offset=2 * start).max() for start in starts)
+    advice = "it must hold GPT-2's tokens as uint16, without a header"
+    if largest >= vocab_size:
+        problem = f"has token {largest:,}, but the model knows only {vocab_size:,}"
+        raise UserError(f"--data {path} {problem}; {advice}")
+    if len(tokens) > 1 and not tokens[1:2000:2].any():
+        raise UserError(f"--data {path} has a zero in every second place, like uint32; {advice}")
+    if largest < 256 and Path(path).with_name("meta.pkl").exists():
+        raise UserError(f"--data {path} holds characters, as meta.pkl beside it shows; {advice}")
 
 
 # A window has an input, context_length tokens of the text, and a target, the same tokens shifted by
@@ -653,11 +658,14 @@ def make_windows(data, tokenizer, config, options):
     tokens = data
     if isinstance(data, str):
         tokens = tokenizer.encode_to_numpy(data, allowed_special="all")
+    else:
+        check_tokens(tokens, options.data, config.vocab_size)
     context = options.context or config.context_length
     check("--context", context, int, high=config.context_length)
+    stride = options.stride or max(1, context * 3 // 4)
     val_count = int(len(tokens) * options.val_fraction)
     count = len(tokens) - val_count
-    windows = SlidingWindows(tokens[:count], context, options.stride or max(1, context * 3 // 4))
+    windows = SlidingWindows(tokens[:count], context, stride)
     if len(windows) == 0:
         raise UserError(f"--data has {count} tokens to train on; it needs {context + 1}")
     val_context = max(1, min(context, val_count - 1))
@@ -710,8 +718,9 @@ class TrainOptions(Options):
 
     def __post_init__(self):
         super().__post_init__()
+        self.out = os.path.expanduser(self.out)  # ~ is the home folder
         if self.data is not None:  # so that --resume works from any folder
-            self.data = os.path.abspath(self.data)
+            self.data = os.path.abspath(os.path.expanduser(self.data))
         if self.learning_rate is None:  # large steps would destroy what GPT-2 has learned
             self.learning_rate = 3e-5 if self.gpt2 else 1.2e-3
         shape = (self.size, self.tokenizer, self.n_layer, self.n_head, self.n_embd)
@@ -880,15 +889,16 @@ def train(options, run=None):
     if run is None:
         run = new_run(options)
     model, tokenizer, data, state = run
-    windows, validation = make_windows(data, tokenizer, model.config, options)
-    model.to(device)
+    config = replace(model.config, dropout=options.dropout, by_hand=options.by_hand)
+    model = model_from(config, model.state_dict()).to(device)  # the same parameters
+    windows, validation = make_windows(data, tokenizer, config, options)
     optimizer = make_optimizer(model, options.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    if "optimizer" in state:
-        optimizer.load_state_dict(state.pop("optimizer"))
+    if state["step"] > 0:
+        optimizer.load_state_dict(state["optimizer"])
         optimizer.param_groups[0]["weight_decay"] = options.weight_decay  # it may have changed
-    if state.get("scaler"):  # not if the run was in another dtype
-        scaler.load_state_dict(state.pop("scaler"))
+        if state["scaler"]:  # not if the run was in another dtype
+            scaler.load_state_dict(state["scaler"])
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     wrapped = wrap(model, options)
     if RANK == 0:
@@ -900,10 +910,7 @@ def train(options, run=None):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, options)
         model.train()  # dropout is on; its masks depend only on seed, step and process
-        # + 1, because NumPy makes the same numbers from (seed, step, 0) as from (seed, step), which
-        # has drawn the windows.
-        seed = np.random.default_rng((options.seed, step, RANK + 1)).integers(2**62)
-        torch.manual_seed(int(seed))
+        torch.manual_seed(hash((options.seed, step, RANK)))
         loss = training_step(wrapped, batches, optimizer, scaler, autocast, options.clip)
 
         # The training part of a step ends here. Now the first process measures, shows and saves.
@@ -1084,7 +1091,7 @@ def sample(options):
     if options.gpt2:
         model, tokenizer = open_gpt2(options)
     else:
-        path = options.checkpoint or "out/checkpoint.pt"
+        path = os.path.expanduser(options.checkpoint or "out/checkpoint.pt")
         model, tokenizer, state = load_checkpoint(path)
         if state:
             show(f"{path}, after {state['step']} steps")
@@ -1184,16 +1191,14 @@ def model_from(config, weights):
     return model.eval()
 
 
-def open_gpt2(options, **changes):
-    """OpenAI's model and tokenizer, downloaded if missing. changes: as in load_gpt2()."""
+def open_gpt2(options):
+    """OpenAI's model and tokenizer, downloaded if missing."""
     tokenizer = load_tokenizer("gpt2")
-    config = replace(GPT2_CONFIGS[options.gpt2], **changes)
-    path = Path(options.gpt2_folder, options.gpt2, GPT2_FILE)
-    if not path.exists() and Path(options.gpt2_folder, GPT2_FILE).exists():
-        path = Path(options.gpt2_folder, GPT2_FILE)
+    config = GPT2_CONFIGS[options.gpt2]
+    path = Path(options.gpt2_folder, options.gpt2, GPT2_FILE).expanduser()
     if not path.exists():
         url = f"{options.gpt2_url}/{options.gpt2}/{GPT2_FILE}"
-        print(f"downloading {url}", file=sys.stderr)
+        print(f"downloading {url} to {path}", file=sys.stderr)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             new = Path(folder, GPT2_FILE)
@@ -1202,7 +1207,7 @@ def open_gpt2(options, **changes):
                 load_gpt2(new, config)  # is it complete?
             except Exception as error:  # a network has many ways to fail
                 advice = "check --gpt2-url, which begins with https://, or try again"
-                raise UserError(f"can't download {url} ({error}); {advice}") from error
+                raise UserError(f"can't download {url} to {path} ({error}); {advice}") from error
             os.replace(new, path)
     return load_gpt2(path, config), tokenizer
 
@@ -1262,15 +1267,12 @@ def choose_device(options, training):
     name = best if options.device == "auto" else options.device
     if name not in ("cpu", best):
         raise UserError(f"--device is {name}, but this machine has only {best}")
-    compilers = ("g++", "clang++", "cl", os.environ.get("CXX", "g++"))
-    if training and options.compile and name == "cpu" and not any(map(shutil.which, compilers)):
-        raise UserError("--compile needs a C++ compiler, such as g++: install one, or omit it")
+    compiler = os.environ.get("CXX", "g++")
+    if training and options.compile and name == "cpu" and shutil.which(compiler) is None:
+        raise UserError(f"--compile needs a C++ compiler: install {compiler}, or set CXX to yours")
     if training and WORLD_SIZE > 1 and "MASTER_ADDR" not in os.environ:
         raise UserError(f"WORLD_SIZE is {WORLD_SIZE}: start with torchrun, or unset it")
     if name == "cuda":
-        count = torch.cuda.device_count()
-        if LOCAL_RANK >= count:
-            raise UserError(f"start at most {count} processes: this machine has no more GPUs")
         torch.cuda.set_device(LOCAL_RANK)
     dtype = options.dtype
     if dtype == "auto":
@@ -1280,50 +1282,30 @@ def choose_device(options, training):
     return torch.device(name), getattr(torch, dtype)
 
 
-def check_tokens(tokens, path, vocab_size):
-    """Raise UserError if a .bin doesn't hold GPT-2's tokens. This reads all of it, in pieces, so
-    that memory doesn't grow with the file."""
-    if isinstance(tokens, str):
-        return  # a text
-    largest = 0
-    for start in range(0, len(tokens), 2**24):
-        piece = np.fromfile(path, dtype="<u2", count=2**24, offset=2 * start)
-        largest = max(largest, int(piece.max()))
-    advice = "it must hold GPT-2's tokens as uint16, without a header"
-    if largest >= vocab_size:
-        problem = f"has token {largest:,}, but the model knows only {vocab_size:,}"
-        raise UserError(f"--data {path} {problem}; {advice}")
-    if len(tokens) > 1 and not tokens[1:2000:2].any():
-        raise UserError(f"--data {path} has a zero in every second place, like uint32; {advice}")
-    if largest < 256 and Path(path).with_name("meta.pkl").exists():
-        raise UserError(f"--data {path} holds characters, as meta.pkl beside it shows; {advice}")
-
-
 def new_run(options):
     """(model, tokenizer, data, training_state) of a new run. Raises UserError if --out already
     holds a run or can't be written to."""
     out = options.out
-    for name in ("checkpoint.pt", "best.pt", "log.csv"):
-        if Path(out, name).exists():
-            advice = "add --resume to continue it, or name another --out"
-            raise UserError(f"{out} already holds a run ({name}); {advice}")
-    if os.path.exists(out) and not (os.path.isdir(out) and os.access(out, os.W_OK)):
-        raise UserError(f"--out {out} isn't a folder that can be written to; name another one")
+    if any(Path(out, name).exists() for name in ("checkpoint.pt", "best.pt", "log.csv")):
+        raise UserError(f"{out} already holds a run; add --resume, or name another --out")
+    if out == "" or os.path.exists(out) and not (os.path.isdir(out) and os.access(out, os.W_OK)):
+        raise UserError(f"--out {out!r} isn't a folder that can be written to; name another one")
     data = read_data(options.data)
     if options.gpt2:
-        model, tokenizer = open_gpt2(options, dropout=options.dropout, by_hand=options.by_hand)
+        model, tokenizer = open_gpt2(options)
     else:
-        # With several processes, an offline one must not learn its own vocabulary.
-        name = options.tokenizer or ("gpt2" if WORLD_SIZE > 1 else None)
-        tokenizer = load_tokenizer(name, data if isinstance(data, str) else None)
+        tokenizer = load_tokenizer(options.tokenizer, data if isinstance(data, str) else None)
         config = GPT2_CONFIGS.get(options.size, SMALL_CONFIG)
-        shape = {"context_length": options.context, "n_embd": options.n_embd}
-        shape |= {"n_head": options.n_head, "n_layer": options.n_layer, "dropout": options.dropout}
-        given = {name: value for name, value in shape.items() if value is not None}
-        config = replace(config, vocab_size=tokenizer.n_vocab, by_hand=options.by_hand, **given)
+        config = replace(
+            config,
+            vocab_size=tokenizer.n_vocab,
+            context_length=options.context or config.context_length,
+            n_embd=options.n_embd or config.n_embd,
+            n_head=options.n_head or config.n_head,
+            n_layer=options.n_layer or config.n_layer,
+        )
         torch.manual_seed(options.seed)  # for the parameters
         model = GPT(config)
-    check_tokens(data, options.data, model.config.vocab_size)
     return model, tokenizer, data, {"step": 0, "best_val_loss": math.inf, "log": []}
 
 
@@ -1342,11 +1324,7 @@ def resume(out="out", **given):
             raise UserError(f"a resumed run keeps its model: omit --{name.replace('_', '-')}")
     if options.steps <= state["step"]:
         raise UserError(f"{path} has taken all {state['step']} steps; give it more with --steps")
-    config = replace(model.config, dropout=options.dropout, by_hand=options.by_hand)
-    model = model_from(config, model.state_dict())
-    data = read_data(options.data)
-    check_tokens(data, options.data, config.vocab_size)
-    return train(options, (model, tokenizer, data, state))
+    return train(options, (model, tokenizer, read_data(options.data), state))
 
 
 def start_run(options, state, model, tokenizer, windows):
@@ -1356,10 +1334,10 @@ def start_run(options, state, model, tokenizer, windows):
     show(f"{size:,} parameters learn from {len(windows):,} windows of {windows.context_length}")
     show(f"{options.out} gets checkpoint.pt (the latest), best.pt (lowest val) and log.csv")
     count = len(windows.tokens)
-    if state.get("tokens", count) != count:
+    if count != state.setdefault("tokens", count):
         show(f"(The data has changed: {count:,} tokens instead of {state['tokens']:,}.)")
+        state["tokens"] = count
         state["best_val_loss"] = math.inf  # it was measured on other text
-    state["tokens"] = count
     state["options"] = asdict(options)
     if state["step"] == 0:
         save_checkpoint(Path(options.out, "checkpoint.pt"), model, tokenizer, state)
@@ -1435,15 +1413,12 @@ def main(argv=None):
         # Nobody reads on, as after `| head`. Discard what Python has buffered.
         return os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        message = "stopped"
-        if command == "train":
-            message += "; --resume continues from the last checkpoint, if there is one"
-        status = 130
+        show("gpt.py: stopped")
+        raise SystemExit(130)
     except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         message = " ".join(str(error).split()) or "out of memory"
-        status = 2
-    show(f"gpt.py: error: {message}")
-    raise SystemExit(status)
+        show(f"gpt.py: error: {message}")
+        raise SystemExit(2)
 
 
 # ==================================================================================================

@@ -112,12 +112,12 @@ def run(capsys, command, *more):
 
 
 def refusal(capsys, command, *more, status=2):
-    """The last line on standard error, `gpt.py: error: ...`, of a command that ends with status."""
+    """The last line on standard error, of a command that ends with this status."""
     with pytest.raises(SystemExit) as ending:
         run(capsys, command, *more)
     error = capsys.readouterr().err
     assert ending.value.code == status and "Traceback" not in error
-    assert error.splitlines()[-1].startswith("gpt.py: error: ")
+    assert error.splitlines()[-1].startswith("gpt.py: error: " if status == 2 else "gpt.py: ")
     return error.splitlines()[-1]
 
 
@@ -496,9 +496,6 @@ def test_offline_a_vocabulary_is_learned_unless_gpt2s_is_meant(capsys, monkeypat
     train = "train --data lesson.txt"
     for command in (f"{train} --tokenizer gpt2", f"{train} --data x.bin", f"{train} --gpt2 124M"):
         assert "TIKTOKEN_CACHE_DIR" in refusal(capsys, command)
-    monkeypatch.setenv("MASTER_ADDR", "localhost")
-    monkeypatch.setattr(gpt, "WORLD_SIZE", 2)  # processes might learn different vocabularies
-    assert "TIKTOKEN_CACHE_DIR" in refusal(capsys, train)
 
 
 def test_text_is_the_same_from_a_file_a_pipe_or_a_prompt(capsys):
@@ -1065,7 +1062,7 @@ def test_the_real_gpt2_gives_its_known_outputs(vocabulary):
 
 
 def test_gpt2_is_downloaded_once_and_a_failed_download_leaves_nothing(capsys, monkeypatch):
-    """An error has the address. Later no server is needed; the folder can also be the file's own."""
+    """The screen tells where from and where to. Later no server is needed."""
     config = gpt.GPTConfig(257, context_length=16, n_embd=8, n_head=2, n_layer=1)
     tokenizer = gpt.load_tokenizer(257, LESSON)
     monkeypatch.setitem(GPT2, "124M", config)
@@ -1084,12 +1081,13 @@ def test_gpt2_is_downloaded_once_and_a_failed_download_leaves_nothing(capsys, mo
         for wrong in (b"page", whole[:-4], whole + bytes(4)):
             file.write_bytes(wrong)
             line = refusal(capsys, f"{ask} {address}")
-            assert address in line and f"{len(wrong):,} bytes, not {len(whole):,}" in line
+            assert re.search(f"{address}.* to gpt2.124M", line)
+            assert f"{len(wrong):,} bytes, not {len(whole):,}" in line
         assert os.listdir("gpt2/124M") == []
         file.write_bytes(whole)
         first = run(capsys, f"{ask} {address}").out
         server.shutdown()
-    for folder in ("gpt2", "ours/124M"):
+    for folder in ("gpt2", "ours"):
         assert run(capsys, f"{ask} nowhere --gpt2-folder {folder}").out == first
 
 
@@ -1342,7 +1340,7 @@ def test_a_folder_that_holds_a_run_is_not_touched(capsys, monkeypatch):
         Path(name[:4]).mkdir()
         Path(name[:4], name).write_text("precious")
         line = refusal(capsys, f"{TRAIN} --data missing --out {name[:4]}")
-        assert re.search(f"{name}.*--resume.*--out", line)
+        assert re.search(f"{name[:4]}.*--resume.*--out", line)
         assert Path(name[:4], name).read_text() == "precious"
     monkeypatch.setenv("HOME", os.getcwd())
     run(capsys, f"{TRAIN} --out ~/mine")
@@ -1384,7 +1382,6 @@ def test_the_accelerator_decides_the_dtype(modern, monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: cuda)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(gpt, "RANK", 9)
     monkeypatch.setattr(gpt, "LOCAL_RANK", 1)
     supported = lambda including_emulation=True: modern or including_emulation
@@ -1398,9 +1395,6 @@ def test_the_accelerator_decides_the_dtype(modern, monkeypatch):
     options = gpt.TrainOptions(dtype="float32")
     assert gpt.choose_device(options, training=True) == (cuda, torch.float32)
     assert set(chosen) == {1}
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(gpt.UserError, match="at most 1 processes"):
-        gpt.choose_device(options, training=True)
 
 
 def failing(error):
@@ -1413,10 +1407,10 @@ def failing(error):
 
 
 def test_what_ends_a_run_is_one_line_unless_it_is_a_bug(capsys, monkeypatch):
-    """Ctrl-C in `train` names --resume. A bug keeps its traceback: that's how one edits gpt.py."""
+    """A bug keeps its traceback: that's how one edits gpt.py."""
     full = torch.OutOfMemoryError("CUDA out of memory")
     for name, error, command, status, words in (
-        ("cross_entropy", KeyboardInterrupt(), TRAIN, 130, "stopped.*--resume.* if there is one"),
+        ("cross_entropy", KeyboardInterrupt(), TRAIN, 130, "stopped$"),
         ("sample_token", KeyboardInterrupt(), "sample", 130, "stopped$"),
         ("cross_entropy", MemoryError(), RESUME, 2, "out of memory"),
         ("cross_entropy", full, RESUME, 2, "out of memory"),
