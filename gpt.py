@@ -914,25 +914,25 @@ def train(options, run=None):
         loss = training_step(wrapped, batches, optimizer, scaler, autocast, options.clip)
 
         # The training part of a step ends here. Now the first process measures, shows and saves.
-        if RANK > 0:
-            continue  # in the next step, DDP waits for the first process
-        seconds = time.perf_counter() - started
-        tokens = options.batch_size * options.accumulate * WORLD_SIZE * windows.context_length
-        last = step == options.steps
-        val_loss = None
-        if len(validation) > 0 and (last or step % options.eval_every == 0):
-            val_loss = evaluate(model, validation, options.batch_size, autocast)
-            if val_loss < state["best_val_loss"]:
-                state["best_val_loss"] = val_loss
-                save_checkpoint(Path(options.out, "best.pt"), model, tokenizer)
-        state["step"] = step
-        log_step(options, state, loss, val_loss, seconds=seconds, tokens=tokens)
-        if last or step % options.save_every == 0:
-            state["optimizer"] = optimizer.state_dict()
-            state["scaler"] = scaler.state_dict()
-            save_checkpoint(Path(options.out, "checkpoint.pt"), model, tokenizer, state)
-            model.eval()
-            write_text(model, tokenizer, options.prompt, max_new_tokens=40, temperature=0)
+        # (The others wait for it in the next step.)
+        if RANK == 0:
+            seconds = time.perf_counter() - started
+            tokens = options.batch_size * options.accumulate * WORLD_SIZE * windows.context_length
+            last = step == options.steps
+            val_loss = None
+            if len(validation) > 0 and (last or step % options.eval_every == 0):
+                val_loss = evaluate(model, validation, options.batch_size, autocast)
+                if val_loss < state["best_val_loss"]:
+                    state["best_val_loss"] = val_loss
+                    save_checkpoint(Path(options.out, "best.pt"), model, tokenizer)
+            state["step"] = step
+            log_step(options, state, loss, val_loss, seconds=seconds, tokens=tokens)
+            if last or step % options.save_every == 0:
+                state["optimizer"] = optimizer.state_dict()
+                state["scaler"] = scaler.state_dict()
+                save_checkpoint(Path(options.out, "checkpoint.pt"), model, tokenizer, state)
+                model.eval()
+                write_text(model, tokenizer, options.prompt, max_new_tokens=40, temperature=0)
     if WORLD_SIZE > 1:
         del wrapped  # before the group ends; otherwise a process sometimes aborts
         torch.distributed.destroy_process_group()
@@ -1197,19 +1197,23 @@ def open_gpt2(options):
     config = GPT2_CONFIGS[options.gpt2]
     path = Path(options.gpt2_folder, options.gpt2, GPT2_FILE).expanduser()
     if not path.exists():
-        url = f"{options.gpt2_url}/{options.gpt2}/{GPT2_FILE}"
-        print(f"downloading {url} to {path}", file=sys.stderr)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            new = Path(folder, GPT2_FILE)
-            try:
-                torch.hub.download_url_to_file(url, str(new))
-                load_gpt2(new, config)  # is it complete?
-            except Exception as error:  # a network has many ways to fail
-                advice = "check --gpt2-url, which begins with https://, or try again"
-                raise UserError(f"can't download {url} to {path} ({error}); {advice}") from error
-            os.replace(new, path)
+        download(f"{options.gpt2_url}/{options.gpt2}/{GPT2_FILE}", path, config)
     return load_gpt2(path, config), tokenizer
+
+
+def download(url, path, config):
+    """Fetch OpenAI's file. It gets its name only if it's complete. Raises UserError otherwise."""
+    print(f"downloading {url} to {path}", file=sys.stderr)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        new = Path(folder, GPT2_FILE)
+        try:
+            torch.hub.download_url_to_file(url, str(new))
+            load_gpt2(new, config)  # checks its length
+        except Exception as error:  # a network has many ways to fail
+            advice = "check --gpt2-url, which begins with https://, or try again"
+            raise UserError(f"can't download {url} to {path} ({error}); {advice}") from error
+        os.replace(new, path)
 
 
 # ==================================================================================================
