@@ -81,7 +81,7 @@ def check(name, value, kind, low=0, high=1e18, choices=None):
         expected = f"one of {', '.join(choices)}"
     try:
         plain = kind(str(value))  # "5" becomes 5, but 1.5 isn't an int
-        valid = plain in (choices or [plain]) if kind is str else low <= plain <= high
+        valid = plain in choices if choices else kind is str or low <= plain <= high
     except ValueError:
         valid = False
     if not valid:
@@ -558,20 +558,20 @@ def load_tokenizer(name=None, text=None):
     """The name "gpt2" gives GPT-2's tokenizer. A number N gives a new one, with N tokens learned
     from the text. tiktoken downloads GPT-2's vocabulary the first time. If that fails and none was
     asked for, we learn 1,024 tokens. Raises UserError if that isn't possible either."""
-    if name not in (None, "gpt2"):
-        if text is None:
-            raise UserError(f"--tokenizer is {name}; the tokens of a .bin file need gpt2")
-        size = check("--tokenizer (unless gpt2)", name, int, low=257)
-        return make_tokenizer(train_bpe(text, size - 1))  # one number is left for <|endoftext|>
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except (OSError, ValueError) as error:  # no network, or a wrong file
-        problem = f"GPT-2's vocabulary can't be downloaded ({type(error).__name__})"
-        if name == "gpt2" or text is None:
-            advice = "go online, or set TIKTOKEN_CACHE_DIR to where it is"
-            raise UserError(f"{problem}; {advice}") from error
+    if name in (None, "gpt2"):
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except (OSError, ValueError) as error:  # no network, or a wrong file
+            problem = f"GPT-2's vocabulary can't be downloaded ({type(error).__name__})"
+            if name == "gpt2" or text is None:
+                advice = "go online, or set TIKTOKEN_CACHE_DIR to where it is"
+                raise UserError(f"{problem}; {advice}") from error
         print(f"{problem}; learning 1,024 tokens from the text instead", file=sys.stderr)
-        return load_tokenizer(1024, text)
+        name = 1024
+    if text is None:
+        raise UserError(f"--tokenizer is {name}; the tokens of a .bin file need gpt2")
+    size = check("--tokenizer (unless gpt2)", name, int, low=257)
+    return make_tokenizer(train_bpe(text, size - 1))  # one number is left for <|endoftext|>
 
 
 def clean_text(text, source):
@@ -917,7 +917,7 @@ def train(options, run=None):
         # (The others wait for it in the next step.)
         if RANK == 0:
             seconds = time.perf_counter() - started
-            tokens = options.batch_size * options.accumulate * WORLD_SIZE * windows.context_length
+            tokens = WORLD_SIZE * sum(inputs.numel() for inputs, _ in batches)
             last = step == options.steps
             val_loss = None
             if len(validation) > 0 and (last or step % options.eval_every == 0):
@@ -1169,13 +1169,11 @@ def load_gpt2(path, config, **changes):
             names[f"h{n}/{theirs}/b"] = [f"blocks.{n}.{name}.bias" for name in ours]
     # Mode c, copy on write: training changes the memory, never the file.
     numbers = torch.from_numpy(np.memmap(path, dtype="<f4", mode="c"))
+    variables = sorted(names.items())
+    sizes = [len(ours) * shapes[ours[0]].numel() for _, ours in variables]
     weights = {}
-    position = 0
-    for theirs, ours in sorted(names.items()):
+    for (theirs, ours), variable in zip(variables, numbers.split(sizes)):
         shape = shapes[ours[0]]
-        end = position + len(ours) * shape.numel()
-        variable = numbers[position:end]
-        position = end
         if theirs.endswith("/w"):
             variable = variable.view(shape[1], -1).t()  # (in, out) -> (out, in)
         for name, part in zip(ours, variable.chunk(len(ours))):
@@ -1338,10 +1336,10 @@ def start_run(options, state, model, tokenizer, windows):
     show(f"{size:,} parameters learn from {len(windows):,} windows of {windows.context_length}")
     show(f"{options.out} gets checkpoint.pt (the latest), best.pt (lowest val) and log.csv")
     count = len(windows.tokens)
-    if count != state.setdefault("tokens", count):
+    if state.get("tokens", count) != count:
         show(f"(The data has changed: {count:,} tokens instead of {state['tokens']:,}.)")
-        state["tokens"] = count
         state["best_val_loss"] = math.inf  # it was measured on other text
+    state["tokens"] = count
     state["options"] = asdict(options)
     if state["step"] == 0:
         save_checkpoint(Path(options.out, "checkpoint.pt"), model, tokenizer, state)
