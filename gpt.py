@@ -527,7 +527,7 @@ def train_bpe(text, vocab_size):
     for word, times in counts.items():
         count_pairs(word, times)
     ranks = {bytes([byte]): byte for byte in range(256)}
-    while len(ranks) < vocab_size and max(pairs.values(), default=0) > 0:
+    while len(ranks) < vocab_size and any(pairs.values()):
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
         ranks[best[0] + best[1]] = len(ranks)
         for word in places.pop(best):  # only words that contain the pair change
@@ -637,16 +637,15 @@ class SlidingWindows(Dataset):
     def __init__(self, tokens, context_length, stride):
         self.tokens = tokens
         self.context_length = context_length
-        self.stride = stride
+        # A window's last target is the token after its input, so the last start is at len(tokens) -
+        # context_length - 1. (A range ends before its second number.)
+        self.starts = range(0, len(tokens) - context_length, stride)
 
     def __len__(self):
-        # The -1 is for the last target. 1,000 tokens, context 64, stride 32: 935 // 32 + 1 = 30.
-        return max(0, (len(self.tokens) - self.context_length - 1) // self.stride + 1)
+        return len(self.starts)  # 1,000 tokens, context 64, stride 32: 0, 32, ..., 928, so 30
 
     def __getitem__(self, i):
-        if not 0 <= i < len(self):
-            raise IndexError(f"window {i} of {len(self)}")
-        start = i * self.stride
+        start = self.starts[i]
         window = np.asarray(self.tokens[start : start + self.context_length + 1]).astype(np.int64)
         return torch.from_numpy(window[:-1]), torch.from_numpy(window[1:])
 
@@ -805,7 +804,8 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))  # how many processes
 
 
 def wrap(model, options):
-    """The model as training_step() calls it: for several processes, and compiled on request."""
+    """The model as training_step() calls it: for several processes (which wait for each other
+    here), and compiled on request."""
     if WORLD_SIZE > 1:
         torch.distributed.init_process_group()
         model = nn.parallel.DistributedDataParallel(model)
@@ -889,8 +889,10 @@ def train(options, run=None):
     if run is None:
         run = new_run(options)
     model, tokenizer, data, state = run
+    # Dropout and by_hand may differ from those that the model was loaded with. So a model with this
+    # run's settings takes over the parameters.
     config = replace(model.config, dropout=options.dropout, by_hand=options.by_hand)
-    model = model_from(config, model.state_dict()).to(device)  # the same parameters
+    model = model_from(config, model.state_dict()).to(device)
     windows, validation = make_windows(data, tokenizer, config, options)
     optimizer = make_optimizer(model, options.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -1218,12 +1220,11 @@ def download(url, path, config):
 # 8 Plumbing
 def save_checkpoint(path, model, tokenizer, training_state=None):
     """Write a model and its tokenizer. If that fails midway, the old file survives."""
-    # Copies: for a parameter that views OpenAI's file, torch.save would store the whole file.
-    weights = {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
     content = {
         "format": 3,
         "config": asdict(model.config) | {"by_hand": False},  # not a property of the weights
-        "weights": weights,
+        # Copies: for a parameter that views OpenAI's file, torch.save would store the whole file.
+        "weights": {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()},
         "vocabulary": [tokenizer.decode_single_token_bytes(n) for n in range(tokenizer.eot_token)],
         "training_state": training_state,
     }
@@ -1264,23 +1265,21 @@ def load_checkpoint(path, mapped=True, **changes):
 def choose_device(options, training):
     """The (torch.device, torch.dtype) that --device and --dtype ask for. Raises UserError if this
     machine can't do what the options need."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    best = "cpu" if accelerator is None else accelerator.type
-    name = best if options.device == "auto" else options.device
-    if name not in ("cpu", best):
-        raise UserError(f"--device is {name}, but this machine has only {best}")
-    compiler = os.environ.get("CXX", "g++")
-    if training and options.compile and name == "cpu" and shutil.which(compiler) is None:
-        raise UserError(f"--compile needs a C++ compiler: install {compiler}, or set CXX to yours")
+    best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    name = best.type if options.device == "auto" else options.device
+    if name not in ("cpu", best.type):
+        raise UserError(f"--device is {name}, but this machine has only {best.type}")
+    if training and options.compile and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise UserError("--compile needs a C++ compiler: install g++, or set CXX to yours")
     if training and WORLD_SIZE > 1 and "MASTER_ADDR" not in os.environ:
         raise UserError(f"WORLD_SIZE is {WORLD_SIZE}: start with torchrun, or unset it")
+    dtype = "float32"
     if name == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
-    dtype = options.dtype
-    if dtype == "auto":
-        dtype = "float16" if name == "cuda" else "float32"
-        if name == "cuda" and training and torch.cuda.is_bf16_supported(including_emulation=False):
-            dtype = "bfloat16"
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if training and has_bfloat16 else "float16"
+    if options.dtype != "auto":
+        dtype = options.dtype
     return torch.device(name), getattr(torch, dtype)
 
 
@@ -1298,14 +1297,9 @@ def new_run(options):
     else:
         tokenizer = load_tokenizer(options.tokenizer, data if isinstance(data, str) else None)
         config = GPT2_CONFIGS.get(options.size, SMALL_CONFIG)
-        config = replace(
-            config,
-            vocab_size=tokenizer.n_vocab,
-            context_length=options.context or config.context_length,
-            n_embd=options.n_embd or config.n_embd,
-            n_head=options.n_head or config.n_head,
-            n_layer=options.n_layer or config.n_layer,
-        )
+        shape = {"n_layer": options.n_layer, "n_head": options.n_head, "n_embd": options.n_embd}
+        shape |= {"context_length": options.context, "vocab_size": tokenizer.n_vocab}
+        config = replace(config, **{name: size for name, size in shape.items() if size})
         torch.manual_seed(options.seed)  # for the parameters
         model = GPT(config)
     return model, tokenizer, data, {"step": 0, "best_val_loss": math.inf, "log": []}
@@ -1455,15 +1449,15 @@ def speed_up_decoding(model):
             if layer.weight.dtype != torch.float32:  # OpenAI's matrices lie column by column
                 layer.weight.data = layer.weight.data.contiguous()
             layer.forward = functools.partial(multiply, layer.weight, layer.bias)
-    model.head = functools.partial(multiply, model.token_embedding, None)
+    model.head = functools.partial(multiply, model.token_embedding, 0.0)
 
 
 def multiply(weight, bias, x):
     """x Wᵀ + b, (..., m) -> (..., n), in the way that is fastest on a CPU."""
     if x.numel() > x.shape[-1]:  # many tokens: in float32, converting W if needed
-        return F.linear(x, weight.float(), None if bias is None else bias.float())
+        return F.linear(x, weight.float()) + bias
     if weight.dtype != torch.float32:
-        return F.linear(x.to(weight.dtype), weight, bias).float()
+        return F.linear(x.to(weight.dtype), weight).float() + bias
     # One token: reading W takes longest, often on one core. So each core gets a part of W.
     n, m = weight.shape
     cores = torch.get_num_threads()
@@ -1476,8 +1470,7 @@ def multiply(weight, bias, x):
         cores = math.gcd(cores, m)
         parts = weight.t().view(cores, m // cores, n)
         y = torch.bmm(x.view(cores, 1, -1), parts).sum(dim=0)  # (1, m / cores) @ (m / cores, n)
-    y = y.view(*x.shape[:-1], n)
-    return y if bias is None else y + bias
+    return y.view(*x.shape[:-1], n) + bias
 
 
 if __name__ == "__main__":
