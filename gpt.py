@@ -76,16 +76,14 @@ class UserError(ValueError):
 def check(name, value, kind, low=0, high=1e18, choices=None):
     """Return the value as an int, float or str. Raises UserError if a number isn't between low and
     high, or a str isn't one of the choices."""
-    expected = f"{'a whole number' if kind is int else 'a number'} from {low:g} to {high:g}"
-    if choices:
-        expected = f"one of {', '.join(choices)}"
+    expected = f"one of {choices}" if choices else f"{kind.__name__} from {low:g} to {high:g}"
     try:
         plain = kind(str(value))  # "5" becomes 5, but 1.5 isn't an int
         valid = plain in choices if choices else kind is str or low <= plain <= high
     except ValueError:
         valid = False
     if not valid:
-        raise UserError(f"{name} is {value!r}; it must be {expected}")
+        raise UserError(f"{name} is {value!r}; expected: {expected}")
     return plain
 
 
@@ -1424,10 +1422,10 @@ def speed_up_training():
     """Tell glibc, the C library, to keep large buffers, not fetch them anew each step. Let PyTorch
     multiply float32 matrices with oneDNN, its faster library, which may round to bfloat16. If
     multiplying by the identity matrix changes a number, oneDNN rounds: undo the setting."""
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # -4: M_MMAP_MAX in malloc.h
-        mallopt(-1, 2**31 - 1)  # -1: M_TRIM_THRESHOLD
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # -4: M_MMAP_MAX in malloc.h
+        libc.mallopt(-1, 2**31 - 1)  # -1: M_TRIM_THRESHOLD
     products = torch.backends.mkldnn.matmul
     before = products.fp32_precision
     products.fp32_precision = "bf16"
