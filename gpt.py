@@ -1287,7 +1287,8 @@ def new_run(options):
     out = options.out
     if any(Path(out, name).exists() for name in ("checkpoint.pt", "best.pt", "log.csv")):
         raise UserError(f"{out} already holds a run; add --resume, or name another --out")
-    if out == "" or os.path.exists(out) and not (os.path.isdir(out) and os.access(out, os.W_OK)):
+    writable = os.path.isdir(out) and os.access(out, os.W_OK)
+    if out == "" or (os.path.exists(out) and not writable):
         raise UserError(f"--out {out!r} isn't a folder that can be written to; name another one")
     data = read_data(options.data)
     if options.gpt2:
