@@ -562,8 +562,7 @@ def load_tokenizer(name=None, text=None):
         except (OSError, ValueError) as error:  # no network, or a wrong file
             problem = f"GPT-2's vocabulary can't be downloaded ({type(error).__name__})"
             if name == "gpt2" or text is None:
-                advice = "go online, or set TIKTOKEN_CACHE_DIR to where it is"
-                raise UserError(f"{problem}; {advice}") from error
+                raise UserError(f"{problem}; go online, or set TIKTOKEN_CACHE_DIR") from error
         print(f"{problem}; learning 1,024 tokens from the text instead", file=sys.stderr)
         name = 1024
     if text is None:
@@ -605,8 +604,7 @@ def check_tokens(tokens, path, vocab_size):
     largest = max(np.fromfile(path, "<u2", 2**24, offset=2 * start).max() for start in starts)
     advice = "it must hold GPT-2's tokens as uint16, without a header"
     if largest >= vocab_size:
-        problem = f"has token {largest:,}, but the model knows only {vocab_size:,}"
-        raise UserError(f"--data {path} {problem}; {advice}")
+        raise UserError(f"--data {path} has token {largest:,}, not below {vocab_size:,}; {advice}")
     if len(tokens) > 1 and not tokens[1:2000:2].any():
         raise UserError(f"--data {path} has a zero in every second place, like uint32; {advice}")
     if largest < 256 and Path(path).with_name("meta.pkl").exists():
@@ -1209,8 +1207,7 @@ def download(url, path, config):
             torch.hub.download_url_to_file(url, str(new))
             load_gpt2(new, config)  # checks its length
         except Exception as error:  # a network has many ways to fail
-            advice = "check --gpt2-url, which begins with https://, or try again"
-            raise UserError(f"can't download {url} to {path} ({error}); {advice}") from error
+            raise UserError(f"can't download {url} to {path} ({error}); try again") from error
         os.replace(new, path)
 
 
@@ -1254,8 +1251,7 @@ def load_checkpoint(path, mapped=True, **changes):
         config = GPTConfig(**content["config"] | changes)
         ranks = {token: rank for rank, token in enumerate(content["vocabulary"])}
     except Exception as error:  # a wrong file fails in many ways
-        problem = f"{path} is missing, damaged, or not a checkpoint of this gpt.py"
-        raise UserError(f"{problem} ({type(error).__name__})") from error
+        raise UserError(f"{path} is missing, damaged, or not a checkpoint of gpt.py") from error
     model = model_from(config, content["weights"])  # a bug in GPT keeps its traceback
     return model, make_tokenizer(ranks), content["training_state"]
 
