@@ -18,7 +18,7 @@ guessing among 50,257 tokens, and ends below 0.5: the model recites the story. (
 makes a vocabulary of 1,024 tokens from the story, and the loss starts near 6.9.) The validation
 loss is measured on the story's last tenth, which isn't trained on. It falls while the model learns
 what English looks like. It rises once the model knows the other nine tenths by heart, because it
-then confidently predicts the words that it remembers, where the last tenth goes on differently.
+then confidently predicts the words that it remembers, although the last tenth goes on differently.
 This is overfitting. More text, dropout (section 2) or stopping earlier curbs it.
 
 Sections 1 to 7 are the GPT. You can skip section 8 (plumbing) and section 9 (speed).
@@ -199,9 +199,10 @@ class LayerNorm(nn.Module):
 
 def gelu(x, by_hand):
     """A smooth version of max(0, x): x times the probability that a standard normal number is below
-    x. This tanh approximation is off by less than 0.0005. It was once faster than the exact GELU.
-    GPT-2 was trained with it, and the exact one would shift its scores slightly. Source: Hendrycks
-    and Gimpel 2016, "Gaussian Error Linear Units", section 2; src/model.py, gelu()."""
+    x. Unlike max(0, x), it passes on some gradient for negative x, too. This tanh approximation is
+    off by less than 0.0005. It was once faster than the exact GELU. GPT-2 was trained with it, and
+    the exact one would shift its scores slightly. Source: Hendrycks and Gimpel 2016, "Gaussian
+    Error Linear Units", section 2; src/model.py, gelu()."""
     if not by_hand:
         return F.gelu(x, approximate="tanh")
     inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)
@@ -242,13 +243,14 @@ def gelu(x, by_hand):
 #   always  (1, 0)  (1, 1)  (1, 1)    0.00   0.71   0.71     0.20  0.40  0.40      (0.60, 0.80)
 def attention(q, k, v, dropout=0.0):
     """The formula above, for all heads (see the class below): q (B, H, T, D), k and v (B, H, S, D)
-    -> (B, H, T, D). The queries belong to the last T of the S tokens, so query i sees tokens 0 to S
-    - T + i. Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1."""
+    -> (B, H, T, D). The queries belong to the last T of the S tokens, so query i sees all tokens up
+    to number S - T + i. Source: Vaswani et al. 2017, "Attention Is All You Need", section 3.2.1."""
     T = q.shape[2]
     S = k.shape[2]
     scores = q @ k.transpose(-2, -1)  # (B, H, T, D) @ (B, H, D, S) -> (B, H, T, S)
     scores = scores / math.sqrt(q.shape[-1])
-    # For T = 2 and S = 3 this is [[True, True, False], [True, True, True]].
+    # For T = 2 and S = 3 this is [[True, True, False], [True, True, True]]. It is made anew each
+    # time, which costs little.
     seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(diagonal=S - T)
     scores = scores.masked_fill(~seen, -math.inf)
     weights = torch.softmax(scores, dim=-1)  # each row of (B, H, T, S) sums to 1, until dropout
@@ -263,10 +265,10 @@ class CausalSelfAttention(nn.Module):
     One head can look for only one kind of thing. Each head reads all C channels and projects them
     down to its own D = C / H numbers, so H heads can look for H things at once: a verb, the name
     mentioned last, an opening quote. The heads' (D, C) matrices are stacked in one (C, C) matrix.
-    Each row makes one number by itself, so stacking doesn't mix the heads. (OpenAI's code also
-    stacks query, key and value: 3C rows.) The heads' results are put side by side. Then a learned
-    projection mixes them, so what one head found can reach every channel. Source: Vaswani et al.
-    2017, section 3.2.2."""
+    Each row of it makes one number without the other rows, so stacking doesn't mix the heads.
+    (OpenAI's code also stacks query, key and value: 3C rows.) The heads' results are put side by
+    side. Then a learned projection mixes them, so what one head found can reach every channel.
+    Source: Vaswani et al. 2017, section 3.2.2."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -375,10 +377,11 @@ class TransformerBlock(nn.Module):
 #
 # The scores at the end are called logits. Each is the dot product of a position's C numbers, after
 # the final norm, with one token's embedding. So this last layer, the output head (no relation to
-# attention heads), has no matrix of its own. It is "tied" to the token embedding, for two reasons.
-# Tokens with similar embeddings get similar scores (Press and Wolf 2017, "Using the Output
-# Embedding to Improve Language Models"). And a separate matrix would add V C = 38.6 million
-# parameters to the 124.4 million of 124M: 163.0 in all.
+# attention heads), has no matrix of its own. It is "tied" to the token embedding (a plain
+# parameter, so that both can use it), for two reasons. Tokens with similar embeddings get similar
+# scores (Press and Wolf 2017, "Using the Output Embedding to Improve Language Models"). And a
+# separate matrix would add V C = 38.6 million parameters to the 124.4 million of 124M: 163.0 in
+# all.
 class GPT(nn.Module):
     """tokens (B, T), int64 -> logits (B, T, V): at each position, a score for every possible next
     token. Raises UserError if the tokens don't fit into the context."""
@@ -390,9 +393,8 @@ class GPT(nn.Module):
         self.position_embedding = nn.Parameter(torch.empty(config.context_length, config.n_embd))
         self.blocks = nn.ModuleList(TransformerBlock(config, n) for n in range(config.n_layer))
         self.final_norm = LayerNorm(config)
-        # On PyTorch's "meta" device, tensors have no numbers: they will come from a file (section
-        # 7). Initialising them would only cost time (a second, in which PyTorch loads its
-        # compiler).
+        # On PyTorch's "meta" device, tensors have a shape but no numbers. These will come from a
+        # file (section 7), so drawing them would only waste time.
         if not self.token_embedding.is_meta:
             self.init_weights()
 
@@ -403,8 +405,8 @@ class GPT(nn.Module):
         OpenAI chose 0.02; it makes the first logits small. Each block adds two results to the
         stream. Their variances add up, so the sum of 2 n_layer results has sqrt(2 n_layer) times
         the standard deviation of one. So the matrices that make them, `attention.projection` and
-        `feed_forward.projection`, start with 0.02 / sqrt(2 n_layer). The sum is then as large as a
-        single result whose matrix started with 0.02, for any number of blocks. LayerNorms don't
+        `feed_forward.projection`, start with 0.02 / sqrt(2 n_layer). Then the sum of all results is
+        as large as one result would be with 0.02, however many blocks there are. LayerNorms don't
         prevent this growth: they only normalise what a block reads. Source: GPT-2 paper, section
         2.3. (OpenAI's src/model.py has 0.01 for positions and 0.02 for projections.)"""
         for name, parameter in self.named_parameters():
@@ -457,9 +459,9 @@ def cross_entropy(logits, targets):
     """The mean of -log softmax(logits)[target], in nats, a scalar; logits (..., V), targets (...).
 
     By softmax's definition, -log p is the logarithm of the sum of all exp(logit), logsumexp, minus
-    the target's logit. A logit's gradient is its token's probability (minus 1 for the target),
-    divided by the number of predictions. All these gradients are 0 once the target has probability
-    1."""
+    the target's logit. A logit's gradient is the probability of its token, minus 1 if this token is
+    the target. (Since the loss is a mean, it is divided by the number of predictions.) All these
+    gradients are 0 once the target has probability 1."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # 16 bits are too coarse
     chosen = logits.gather(dim=-1, index=targets.unsqueeze(-1)).squeeze(-1)  # (B, T, V) -> (B, T)
     return (logits.logsumexp(dim=-1) - chosen).mean()
@@ -489,7 +491,8 @@ def cross_entropy(logits, targets):
 # allowed_special="all".)
 END_OF_TEXT = "<|endoftext|>"
 # In order: endings, as in I'm; letters (\p{L}), digits (\p{N}) or other signs, together with a
-# space before them; white space. \s+(?!\S) stops before a last space, which then joins a word.
+# space before them; white space. Of several spaces before a word, \s+(?!\S) takes all but the last,
+# which joins the word.
 WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # The first command's text, Edith Wharton's "The Verdict". (In a notebook, there is no __file__.)
 STORY = str(Path(globals().get("__file__", "gpt.py")).resolve().with_name("the-verdict.txt"))
@@ -515,7 +518,7 @@ def train_bpe(text, vocab_size):
         counts.update(regex.findall(WORDS, document))
     words = {word: [bytes([byte]) for byte in word.encode("utf-8")] for word in counts}
     pairs = collections.Counter()  # {two neighbouring tokens: how often they occur}
-    places = collections.defaultdict(set)  # {two neighbouring tokens: the words they occur in}
+    places = collections.defaultdict(set)  # {two neighbouring tokens: words that have or had them}
 
     def count_pairs(word, times):
         for pair in zip(words[word], words[word][1:]):
@@ -528,7 +531,7 @@ def train_bpe(text, vocab_size):
     while len(ranks) < vocab_size and any(pairs.values()):
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
         ranks[best[0] + best[1]] = len(ranks)
-        for word in places.pop(best):  # only words that contain the pair change
+        for word in list(places[best]):  # no other word changes
             count_pairs(word, -counts[word])
             words[word] = merge_pair(words[word], best)
             count_pairs(word, counts[word])
@@ -553,22 +556,27 @@ def make_tokenizer(ranks):
 
 
 def load_tokenizer(name=None, text=None):
-    """The name "gpt2" gives GPT-2's tokenizer. A number N gives a new one, with N tokens learned
-    from the text. tiktoken downloads GPT-2's vocabulary the first time. If that fails and none was
-    asked for, we learn 1,024 tokens. Raises UserError if that isn't possible either."""
-    if name in (None, "gpt2"):
-        try:
-            return tiktoken.get_encoding("gpt2")
-        except (OSError, ValueError) as error:  # no network, or a wrong file
-            problem = f"GPT-2's vocabulary can't be downloaded ({type(error).__name__})"
-            if name == "gpt2" or text is None:
-                raise UserError(f"{problem}; go online, or set TIKTOKEN_CACHE_DIR") from error
-        print(f"{problem}; learning 1,024 tokens from the text instead", file=sys.stderr)
-        name = 1024
+    """The name "gpt2" gives GPT-2's tokenizer. A number N gives a new one of N tokens, learned from
+    the text. tiktoken downloads GPT-2's vocabulary the first time. If that fails and no tokenizer
+    was named, a new one gets 1,024 tokens. Raises UserError if that isn't possible either."""
+    if name not in (None, "gpt2"):
+        return learn_tokenizer(name, text)
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except (OSError, ValueError) as error:  # no network, or a wrong file
+        problem = f"GPT-2's vocabulary can't be downloaded ({type(error).__name__})"
+        if name == "gpt2" or text is None:
+            raise UserError(f"{problem}; go online, or set TIKTOKEN_CACHE_DIR") from error
+    print(f"{problem}; learning 1,024 tokens from the text instead", file=sys.stderr)
+    return learn_tokenizer(1024, text)
+
+
+def learn_tokenizer(size, text):
+    """A tokenizer of size tokens, one of them <|endoftext|>, learned from the text."""
     if text is None:
-        raise UserError(f"--tokenizer is {name}; the tokens of a .bin file need gpt2")
-    size = check("--tokenizer (unless gpt2)", name, int, low=257)
-    return make_tokenizer(train_bpe(text, size - 1))  # one number is left for <|endoftext|>
+        raise UserError(f"--tokenizer is {size}; the tokens of a .bin file need gpt2")
+    size = check("--tokenizer (unless gpt2)", size, int, low=257)
+    return make_tokenizer(train_bpe(text, size - 1))
 
 
 def clean_text(text, source):
@@ -584,8 +592,8 @@ def clean_text(text, source):
 
 def read_data(path):
     """The text of a UTF-8 file (of the story, if path is None), or the tokens of a .bin file, as
-    little-endian uint16 (50,257 is below 65,536). A .bin is mapped into memory: a part of it is
-    read when it is used, so it can be larger than the memory. Raises UserError if this fails."""
+    little-endian uint16 (50,257 is below 65,536). A .bin is mapped into memory: each part is read
+    only when it is needed, so it can be larger than the memory. Raises UserError if this fails."""
     path = path or STORY
     try:
         if path.endswith(".bin"):
@@ -600,8 +608,10 @@ def read_data(path):
 def check_tokens(tokens, path, vocab_size):
     """Raise UserError if a .bin doesn't hold GPT-2's tokens. This reads all of it, in pieces, so
     that memory doesn't grow with the file."""
-    starts = range(0, len(tokens), 2**24)
-    largest = max(np.fromfile(path, "<u2", 2**24, offset=2 * start).max() for start in starts)
+    largest = 0
+    for start in range(0, len(tokens), 2**24):
+        piece = np.fromfile(path, dtype="<u2", count=2**24, offset=2 * start)
+        largest = max(largest, piece.max())
     advice = "it must hold GPT-2's tokens as uint16, without a header"
     if largest >= vocab_size:
         raise UserError(f"--data {path} has token {largest:,}, not below {vocab_size:,}; {advice}")
@@ -622,10 +632,10 @@ def check_tokens(tokens, path, vocab_size):
 #     window 1, input                   always    thought   Jack     Gis
 #               target                  thought   Jack      Gis      burn
 #
-# Back to back (stride equal to the context), windows would show each token at only one position,
-# always after the same text. A smaller stride makes them overlap. With stride 1, neighbours are
-# nearly equal, so a thousand of them teach little more than a few. The default, 3/4 of the context,
-# is a compromise. (Other projects let windows start at any token, which is stride 1.)
+# If the stride is equal to the context, windows lie back to back. Then each token is seen at only
+# one position, always after the same text. A smaller stride makes them overlap. With stride 1,
+# neighbours are nearly equal, so a thousand of them teach little more than a few. The default, 3/4
+# of the context, is a compromise. (Other projects start windows at any token: stride 1.)
 class SlidingWindows(Dataset):
     """Item i is (input, target), each int64 (context_length,). The input starts at token i *
     stride. tokens: a tensor, array or numpy.memmap, read only where needed."""
@@ -633,8 +643,8 @@ class SlidingWindows(Dataset):
     def __init__(self, tokens, context_length, stride):
         self.tokens = tokens
         self.context_length = context_length
-        # A window's last target is the token after its input, so the last start is at len(tokens) -
-        # context_length - 1. (A range ends before its second number.)
+        # The last target is one token after the input, so the last window starts context_length + 1
+        # tokens before the end. (A range ends before its second number.)
         self.starts = range(0, len(tokens) - context_length, stride)
 
     def __len__(self):
@@ -658,14 +668,14 @@ def make_windows(data, tokenizer, config, options):
     context = options.context or config.context_length
     check("--context", context, int, high=config.context_length)
     stride = options.stride or max(1, context * 3 // 4)
-    val_count = int(len(tokens) * options.val_fraction)
-    count = len(tokens) - val_count
+    count = len(tokens) - int(len(tokens) * options.val_fraction)
     windows = SlidingWindows(tokens[:count], context, stride)
     if len(windows) == 0:
         raise UserError(f"--data has {count} tokens to train on; it needs {context + 1}")
-    val_context = max(1, min(context, val_count - 1))
-    val_stride = max(val_context, val_count // 64)
-    return windows, SlidingWindows(tokens[count:], val_context, val_stride)
+    end = tokens[count:]
+    if len(end) <= context:
+        context = max(1, len(end) - 1)
+    return windows, SlidingWindows(end, context, stride=max(context, len(end) // 64))
 
 
 # ==================================================================================================
@@ -724,8 +734,8 @@ class TrainOptions(Options):
 
 
 # The optimizer is AdamW (Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization"). For
-# each parameter it keeps two numbers: the running means, in which old values fade, of its gradients
-# and of their squares. A step subtracts learning rate * mean / sqrt(mean of squares) from the
+# each parameter it keeps two numbers: the running means of its gradients and of their squares, in
+# which old values fade. A step subtracts learning rate * mean / sqrt(mean of squares) from the
 # parameter. So a parameter moves by about the learning rate, however large its gradients are. If
 # they keep changing sign, it hardly moves. (AdamW corrects for the means' start at 0. An epsilon of
 # 1e-8 keeps the divisor above 0.)
@@ -741,7 +751,8 @@ def make_optimizer(model, weight_decay):
     squares covers about 20. Source: Brown et al. 2020, "Language Models are Few-Shot Learners",
     appendix B."""
     for parameter in model.parameters():
-        parameter.data = parameter.data.contiguous()  # row by row; OpenAI's lie column by column
+        # Row by row. OpenAI's matrices are stored column by column (section 7).
+        parameter.data = parameter.data.contiguous()
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
@@ -781,9 +792,9 @@ def learning_rate(step, options):
 # on CUDA (NVIDIA) GPUs, training uses bfloat16 if the GPU has it. Sampling on them turns the whole
 # model into float16, for its digits.
 #
-# GPUs without bfloat16 train in float16. On their way back through 16-bit products, gradients have
-# 16 bits as well, and tiny ones become 0. So a scaler multiplies the loss, and thus every gradient,
-# by a large scale factor. Before clipping, the scaler divides gradients by this factor. A gradient
+# GPUs without bfloat16 train in float16. During backward, the gradients of 16-bit results have 16
+# bits as well, and tiny ones become 0. So a scaler multiplies the loss, and thus every gradient, by
+# a large scale factor. Before clipping, the scaler divides gradients by this factor. A gradient
 # that overflows becomes inf, or NaN where inf is subtracted from inf. Then the scaler skips the
 # step and halves the factor. After 2,000 good steps, it doubles the factor. If a number in the
 # forward pass exceeds 65,504, the loss can become NaN. A scaler can't help then, and the run stops.
@@ -840,8 +851,8 @@ def draw_batches(windows, step, options, device):
     They're drawn at random, because a batch read in order would show only one passage, and with
     replacement, so that nobody has to remember which windows were used. They depend only on seed
     and step, so a resumed run draws the same batches as an uninterrupted one. Process r of N takes
-    window r and each N-th after it. There are no epochs: the first run draws 1,040 windows from 96,
-    so it reads each about 11 times. (Another seed changes windows, dropout masks and first
+    window r and every N-th one after it. There are no epochs: the first run draws 1,040 windows
+    from 96, so it reads each about 11 times. (Another seed changes windows, dropout masks and first
     parameters, not the data or its split.)"""
     rng = np.random.default_rng((options.seed, step))
     count = options.batch_size * options.accumulate * WORLD_SIZE
@@ -876,7 +887,8 @@ def evaluate(model, windows, batch_size, autocast):
 #
 # best.pt is the model with the lowest validation loss. checkpoint.pt is the latest model, with all
 # that --resume needs: AdamW's numbers, scale factor, step, options and log. So it's three times as
-# large as the weights. --resume may change all options except --context, shape and vocabulary.
+# large as the weights. --resume may change all options except --gpt2, --context, shape and
+# vocabulary.
 def train(options, run=None):
     """Train a GPT and return it. run: (model, tokenizer, data, training_state) of a run to
     continue. Raises UserError for what the user can fix."""
@@ -885,8 +897,8 @@ def train(options, run=None):
     if run is None:
         run = new_run(options)
     model, tokenizer, data, state = run
-    # Dropout and by_hand may differ from those that the model was loaded with. So a model with this
-    # run's settings takes over the parameters.
+    # The loaded model may have another dropout or by_hand. So we build a model with this run's
+    # settings around the same parameters.
     config = replace(model.config, dropout=options.dropout, by_hand=options.by_hand)
     model = model_from(config, model.state_dict()).to(device)
     windows, validation = make_windows(data, tokenizer, config, options)
@@ -908,7 +920,7 @@ def train(options, run=None):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, options)
         model.train()  # dropout is on; its masks depend only on seed, step and process
-        torch.manual_seed(hash((options.seed, step, RANK)))
+        torch.manual_seed(options.seed + 1000 * step + RANK)
         loss = training_step(wrapped, batches, optimizer, scaler, autocast, options.clip)
 
         # The training part of a step ends here. Now the first process measures, shows and saves.
@@ -950,8 +962,8 @@ def train(options, run=None):
 # most probable tokens until their probabilities sum to p or more: few where the model is sure, many
 # where it isn't. The probabilities that are kept are divided by their sum.
 #
-# The order is temperature, top-k, top-p. Each starts from what the one before has left. So top-p
-# adds up the probabilities that are really used for drawing:
+# The order is temperature, top-k, top-p. Each works on what the one before has left. So top-p adds
+# up the probabilities that are really used for drawing:
 #
 #     four tokens have the probabilities            0.40  0.30  0.20  0.10
 #     temperature 0.5: squared, divided by 0.30     0.53  0.30  0.13  0.03
@@ -1093,7 +1105,7 @@ def sample(options):
         model, tokenizer, state = load_checkpoint(path)
         if state:
             show(f"{path}, after {state['step']} steps")
-    # A model made in Python can have a padded vocabulary (section 1), with rows that belong to no
+    # A model made in Python can have a padded vocabulary (section 1). Its extra rows belong to no
     # token and mustn't be drawn.
     model.token_embedding.data = model.token_embedding.data[: tokenizer.n_vocab]
     model.to(device, dtype)
@@ -1124,11 +1136,11 @@ def sample(options):
 #     model/ln_f/b   model/ln_f/g   model/wpe   model/wte
 #
 # So block 1 stands between model/h0/mlp/c_proj/w and model/h10/attn/c_attn/b. The output head isn't
-# there, because it is tied to model/wte. (Other copies of GPT-2 also store the mask, as attn.bias
-# and attn.masked_bias. It isn't learned and can be dropped.)
+# there, because it is tied to model/wte. (Other copies of GPT-2 also store the mask, as attn.bias,
+# and its -10,000, as attn.masked_bias. They aren't learned and can be dropped.)
 #
-# The file is mapped into memory, and our parameters are views of it. Loading copies and computes
-# nothing. OpenAI's matrices differ only in how we look at them:
+# The file is mapped into memory, and our parameters are views of it. Loading neither copies nor
+# computes anything. OpenAI's matrices differ only in how we look at them:
 #
 #     nn.Linear             x Wᵀ + b     with W (out, in)
 #     OpenAI's conv1d()     x w + b      with w (in, out)
@@ -1206,7 +1218,7 @@ def download(url, path, config):
         try:
             torch.hub.download_url_to_file(url, str(new))
             load_gpt2(new, config)  # checks its length
-        except Exception as error:  # a network has many ways to fail
+        except Exception as error:  # downloads fail in many ways
             raise UserError(f"can't download {url} to {path} ({error}); try again") from error
         os.replace(new, path)
 
@@ -1238,8 +1250,8 @@ def save_checkpoint(path, model, tokenizer, training_state=None):
 
 def load_checkpoint(path, mapped=True, **changes):
     """(model, tokenizer, training_state or None). changes: config fields to replace. mapped:
-    weights are read on demand, so don't replace the file meanwhile. Raises UserError if the file is
-    damaged or foreign. Code hidden in it is never run."""
+    weights are read from the file when they are needed, so don't replace it meanwhile. Raises
+    UserError if the file is damaged or foreign. Code hidden in it is never run."""
     if os.path.isdir(path):
         path = Path(path, "checkpoint.pt")
     try:
@@ -1252,7 +1264,7 @@ def load_checkpoint(path, mapped=True, **changes):
         ranks = {token: rank for rank, token in enumerate(content["vocabulary"])}
     except Exception as error:  # a wrong file fails in many ways
         raise UserError(f"{path} is missing, damaged, or not a checkpoint of gpt.py") from error
-    model = model_from(config, content["weights"])  # a bug in GPT keeps its traceback
+    model = model_from(config, content["weights"])  # not in try: bugs keep their traceback
     return model, make_tokenizer(ranks), content["training_state"]
 
 
@@ -1337,7 +1349,7 @@ def start_run(options, state, model, tokenizer, windows):
 
 
 def log_step(options, state, loss, val_loss, seconds, tokens):
-    """Log and show a step that took this many seconds for this many tokens."""
+    """Log and show a step; its speed is tokens / seconds."""
     step = state["step"]
     speed = tokens / seconds
     val = "" if val_loss is None else f"{val_loss:.9g}"
@@ -1401,7 +1413,7 @@ def main(argv=None):
             return resume(**given)
         return train(TrainOptions(**given))
     except BrokenPipeError:
-        # Nobody reads on, as after `| head`. Discard what Python has buffered.
+        # The reader has gone, as with `| head`. Discard what Python has buffered.
         return os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         show("gpt.py: stopped")
@@ -1414,11 +1426,11 @@ def main(argv=None):
 
 # ==================================================================================================
 # 9 Faster on a CPU
-# You can delete this and the two calls to speed_up functions. Results differ only by rounding.
+# You can delete this section and the two calls to its functions. Results differ only by rounding.
 def speed_up_training():
-    """Tell glibc, the C library, to keep large buffers, not fetch them anew each step. Let PyTorch
-    multiply float32 matrices with oneDNN, its faster library, which may round to bfloat16. If
-    multiplying by the identity matrix changes a number, oneDNN rounds: undo the setting."""
+    """Tell glibc, the C library, to keep large buffers instead of requesting them in each step. Let
+    PyTorch multiply float32 matrices with oneDNN, its faster library, which may round to bfloat16.
+    If multiplying by the identity matrix changes a number, oneDNN rounds: undo the setting."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # -4: M_MMAP_MAX in malloc.h
@@ -1432,8 +1444,8 @@ def speed_up_training():
 
 
 def speed_up_decoding(model):
-    """Replace a model's matrix products on a CPU. Matrices may have 16 bits, but the numbers
-    between them are float32: CPUs are slow at 16-bit attention."""
+    """Replace a model's matrix products on a CPU. Matrices may have 16 bits, but what flows between
+    them is float32: CPUs are slow at 16-bit attention."""
     if model.token_embedding.device.type != "cpu":
         return
     model.position_embedding.data = model.position_embedding.data.float()
