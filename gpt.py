@@ -254,7 +254,7 @@ def attention(q, k, v, dropout=0.0):
     seen = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(diagonal=S - T)
     scores = scores.masked_fill(~seen, -math.inf)
     weights = torch.softmax(scores, dim=-1)  # each row of (B, H, T, S) sums to 1, until dropout
-    # F.dropout doesn't know about model.eval(): outside training, the caller passes 0.
+    # Unlike nn.Dropout, F.dropout doesn't know about model.eval(). Outside training, we pass 0.
     weights = F.dropout(weights, dropout)
     return weights @ v  # (B, H, T, S) @ (B, H, S, D) -> (B, H, T, D)
 
@@ -278,6 +278,7 @@ class CausalSelfAttention(nn.Module):
         self.key = nn.Linear(config.n_embd, config.n_embd)
         self.value = nn.Linear(config.n_embd, config.n_embd)
         self.projection = nn.Linear(config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cache=None):
         # (B, T, C) -> (B, T, H, D) -> (B, H, T, D). A token's C numbers lie side by side in memory,
@@ -300,7 +301,7 @@ class CausalSelfAttention(nn.Module):
         # -> (B, T, H, D) -> (B, T, C). The transpose leaves the numbers out of order in memory, so
         # reshape copies them. (Others write .contiguous().view(B, T, C).)
         y = y.transpose(1, 2).reshape(B, T, C)
-        return F.dropout(self.projection(y), self.config.dropout, training=self.training)
+        return self.dropout(self.projection(y))
 
 
 class FeedForward(nn.Module):
@@ -318,11 +319,11 @@ class FeedForward(nn.Module):
         self.config = config
         self.expand = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.projection = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
         hidden = gelu(self.expand(x), self.config.by_hand)  # (B, T, C) -> (B, T, 4C)
-        y = self.projection(hidden)  # (B, T, 4C) -> (B, T, C)
-        return F.dropout(y, self.config.dropout, training=self.training)
+        return self.dropout(self.projection(hidden))  # (B, T, 4C) -> (B, T, C)
 
 
 class TransformerBlock(nn.Module):
@@ -380,8 +381,7 @@ class TransformerBlock(nn.Module):
 # attention heads), has no matrix of its own. It is "tied" to the token embedding (a plain
 # parameter, so that both can use it), for two reasons. Tokens with similar embeddings get similar
 # scores (Press and Wolf 2017, "Using the Output Embedding to Improve Language Models"). And a
-# separate matrix would add V C = 38.6 million parameters to the 124.4 million of 124M: 163.0 in
-# all.
+# separate matrix would add V C = 38.6 million parameters to 124M's 124.4 million: 163.0 in all.
 class GPT(nn.Module):
     """tokens (B, T), int64 -> logits (B, T, V): at each position, a score for every possible next
     token. Raises UserError if the tokens don't fit into the context."""
@@ -391,6 +391,7 @@ class GPT(nn.Module):
         self.config = config
         self.token_embedding = nn.Parameter(torch.empty(config.vocab_size, config.n_embd))
         self.position_embedding = nn.Parameter(torch.empty(config.context_length, config.n_embd))
+        self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(TransformerBlock(config, n) for n in range(config.n_layer))
         self.final_norm = LayerNorm(config)
         # On PyTorch's "meta" device, tensors have a shape but no numbers. These will come from a
@@ -428,7 +429,7 @@ class GPT(nn.Module):
             raise UserError(f"{T} tokens can't follow a cache that isn't empty; only one can")
         x = F.embedding(tokens, self.token_embedding)  # (B, T) -> (B, T, C)
         x = x + self.position_embedding[start : start + T]  # + (T, C), the same for each sequence
-        x = F.dropout(x, self.config.dropout, training=self.training)
+        x = self.dropout(x)
         for block in self.blocks:
             x = block(x, cache)  # (B, T, C)
         if cache is not None:

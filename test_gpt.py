@@ -346,7 +346,8 @@ def test_dropout_acts_in_four_places_and_in_training_only(by_hand):
     config = gpt.GPTConfig(61, context_length=64, n_embd=64, n_head=1, n_layer=1, dropout=0.3)
     model = random_model(config, by_hand=by_hand)
     block = model.blocks[0]
-    for linear in block.attention.children():
+    attention = block.attention
+    for linear in (attention.query, attention.key, attention.value, attention.projection):
         torch.nn.init.zeros_(linear.bias)
         torch.nn.init.eye_(linear.weight)
     torch.nn.init.zeros_(block.attention.key.weight)
