@@ -573,6 +573,7 @@ def test_validation_gets_the_end_and_training_never_sees_it():
         (1000, None, 0.3, range(0, 692, 6), range(700, 992, 8)),
         (101, 900, 0.06, [0], [95]),
         (100, 5, 0.01, range(0, 91, 5), []),
+        (100, 50, 0.08, [0, 50], [92]),
         (20_000, 1, 0.5, range(9_992), range(10_000, 19_992, 156)),
     ]
     for count, stride, share, *expected in cases:
@@ -678,6 +679,10 @@ def test_windows_and_dropout_depend_on_the_seed_the_step_and_the_process_alone(c
     assert len(set(column("train_loss"))) == 9, "with one window, only dropout differs"
     assert len({row["val_loss"] for row in log() if row["val_loss"]}) == 1
     assert printed == 3 * continued("Hey", 40, temperature=0)
+    shutil.copytree("out", "other")
+    for out, seed in (("out", 1), ("other", 2)):
+        run(capsys, f"{RESUME} --steps 10 --seed {seed} --out {out}")
+    assert column("train_loss")[-1] != column("train_loss", "other")[-1], "other masks"
     learned = []
     for rank in (0, 1):
         monkeypatch.setattr(gpt, "RANK", rank)
@@ -1357,7 +1362,7 @@ def test_a_resumed_run_may_change_all_but_the_model(capsys):
     assert model.config.dropout == 0.5 and state["options"]["by_hand"]
     assert model.token_embedding.norm() < 0.3 * embedding.norm(), "the new decay isn't used"
     Path("moved.txt").write_text(2 * LESSON)
-    assert "changed" in run(capsys, f"{RESUME} --steps 6").err
+    assert "changed" in run(capsys, f"{RESUME} --steps 6 --dtype float16").err
     lowest = training_state()["best_val_loss"]
     assert lowest == pytest.approx(float(log()[-1]["val_loss"])), "other text has other losses"
     os.replace("out/best.pt", LAST)  # a model without the state of a run
