@@ -661,10 +661,10 @@ def make_windows(data, tokenizer, config, options):
     """(training windows, validation windows) from a text or tokens. Validation gets the text's end,
     at most about 64 windows. (Random windows would overlap with those trained on.) An end shorter
     than a window becomes one short window. Raises UserError if no window is left to train on."""
-    tokens = data
     if isinstance(data, str):
         tokens = tokenizer.encode_to_numpy(data, allowed_special="all")
     else:
+        tokens = data
         check_tokens(tokens, options.data, config.vocab_size)
     context = options.context or config.context_length
     check("--context", context, int, high=config.context_length)
@@ -674,9 +674,8 @@ def make_windows(data, tokenizer, config, options):
     if len(windows) == 0:
         raise UserError(f"--data has {count} tokens to train on; it needs {context + 1}")
     end = tokens[count:]
-    if len(end) <= context:
-        context = max(1, len(end) - 1)
-    return windows, SlidingWindows(end, context, stride=max(context, len(end) // 64))
+    end_context = min(context, max(1, len(end) - 1))  # a short end becomes one short window
+    return windows, SlidingWindows(end, end_context, stride=max(end_context, len(end) // 64))
 
 
 # ==================================================================================================
@@ -836,8 +835,8 @@ def training_step(model, batches, optimizer, scaler, autocast, clip):
     mean = total.item() / WORLD_SIZE
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip).item()
-    overflow = not math.isfinite(norm)
-    if not math.isfinite(mean) or (overflow and not scaler.is_enabled()):
+    finite = math.isfinite(mean) and (math.isfinite(norm) or scaler.is_enabled())
+    if not finite:
         problem = f"training diverged: the loss is {mean}, the norm of its gradient {norm}"
         raise UserError(f"{problem}; use --resume with a lower --learning-rate")
     scaler.step(optimizer)  # after an overflow, it skips the step
@@ -1115,14 +1114,14 @@ def sample(options):
     if text == "-":
         text = clean_text(sys.stdin.read(), "standard input").removesuffix("\n")
     settings = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
-    settings["eos"] = None if options.ignore_eos else tokenizer.eot_token
+    eos = None if options.ignore_eos else tokenizer.eot_token
     started = time.perf_counter()
     count = 0
     for index in range(options.samples):
         if options.samples > 1:
             print(f"--- sample {index + 1} ---")
         seed = options.seed + index
-        count += write_text(model, tokenizer, text, options.tokens, seed=seed, **settings)
+        count += write_text(model, tokenizer, text, options.tokens, eos, seed=seed, **settings)
     seconds = time.perf_counter() - started
     show(f"{count} tokens in {seconds:.2f} s: {count / seconds:.1f} tokens per second")
 
@@ -1180,11 +1179,12 @@ def load_gpt2(path, config, **changes):
             names[f"h{n}/{theirs}/b"] = [f"blocks.{n}.{name}.bias" for name in ours]
     # Mode c, copy on write: training changes the memory, never the file.
     numbers = torch.from_numpy(np.memmap(path, dtype="<f4", mode="c"))
-    variables = sorted(names.items())
-    sizes = [len(ours) * shapes[ours[0]].numel() for _, ours in variables]
     weights = {}
-    for (theirs, ours), variable in zip(variables, numbers.split(sizes)):
+    for theirs, ours in sorted(names.items()):
         shape = shapes[ours[0]]
+        size = len(ours) * shape.numel()
+        variable = numbers[:size]
+        numbers = numbers[size:]
         if theirs.endswith("/w"):
             variable = variable.view(shape[1], -1).t()  # (in, out) -> (out, in)
         for name, part in zip(ours, variable.chunk(len(ours))):

@@ -1084,7 +1084,8 @@ def test_gpt2_is_downloaded_once_and_a_failed_download_leaves_nothing(capsys, mo
         file.write_bytes(whole)
         first = run(capsys, f"{ask} {address}").out
         server.shutdown()
-    for folder in ("gpt2", "ours"):
+    monkeypatch.setenv("HOME", os.getcwd())
+    for folder in ("gpt2", "~/ours"):
         assert run(capsys, f"{ask} nowhere --gpt2-folder {folder}").out == first
 
 
@@ -1336,10 +1337,14 @@ def test_a_folder_that_holds_a_run_is_not_touched(capsys, monkeypatch):
         line = refusal(capsys, f"{TRAIN} --data missing --out {name[:4]}")
         assert re.search(f"{name[:4]}.*--resume.*--out", line)
         assert Path(name[:4], name).read_text() == "precious"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda *_: False)  # as for a folder that is read-only
+        assert "--out '.'" in refusal(capsys, f"{TRAIN} --data missing --out .")
     monkeypatch.setenv("HOME", os.getcwd())
-    run(capsys, f"{TRAIN} --out ~/mine")
+    run(capsys, f"{TRAIN} --data ~/lesson.txt --out ~/mine")
     run(capsys, f"{RESUME} --steps 3 --out ~/mine")
     assert len(log("mine")) == 3
+    run(capsys, "sample --checkpoint ~/mine --tokens 1")
 
 
 def test_a_resumed_run_may_change_all_but_the_model(capsys):
@@ -1439,6 +1444,7 @@ MISTAKES = {  # the command: what its line has to name, a regular expression
     f"{TRAIN} --data missing.txt": "missing.txt",
     f"{TRAIN} --context 600": r"--data.*\b601\b",
     f"{TRAIN} --data missing --out lesson.txt": "--out.*lesson.txt",
+    f"{TRAIN} --data missing --out ''": "--out ''",
     "train --gpt2 124M --n-layer 2": "--gpt2.*--n-layer",
     "train --resume --out nowhere": "nowhere.checkpoint.pt",
     "sample": "out/checkpoint.pt",
