@@ -79,7 +79,9 @@ def check(name, value, kind, low=0, high=1e18, choices=None):
     expected = f"one of {choices}" if choices else f"{kind.__name__} from {low:g} to {high:g}"
     try:
         plain = kind(str(value))  # "5" becomes 5, but 1.5 isn't an int
-        valid = plain in choices if choices else kind is str or low <= plain <= high
+        valid = kind is str or low <= plain <= high
+        if choices:
+            valid = plain in choices
     except ValueError:
         valid = False
     if not valid:
@@ -147,7 +149,7 @@ class Options:
         self.prompt = clean_text(self.prompt, "--prompt")
         for item in fields(self):
             value = getattr(self, item.name)
-            given = value is not None or item.default is not None
+            given = value is not None or item.default is not None  # None may be a default
             if given and item.type is not bool:
                 name = "--" + item.name.replace("_", "-")
                 setattr(self, item.name, check(name, value, item.type, **item.metadata["limits"]))
@@ -369,6 +371,7 @@ class TransformerBlock(nn.Module):
 #     product with the token embedding                    + <---------'
 #             |                                           |
 #      logits (B, T, V)                                   x
+#
 # The model knows a token only as a number, from 0 to V - 1. Two learned tables turn it into C
 # numbers: the token's row, its embedding, plus the row of its position. Without positions, a layer
 # of attention would ignore the order of the tokens before it. (The Transformer of 2017 used fixed
@@ -700,7 +703,7 @@ class TrainOptions(Options):
 
     data: str = option(None, "UTF-8 text, or .bin: uint16 tokens [the story]")
     val_fraction: float = option(0.1, "share of the data for validation", high=0.99)
-    tokenizer: str = option(None, "gpt2, or N: learn N tokens from the text [gpt2; offline 1024]")
+    tokenizer: str = option(None, "gpt2, or N: learn one of N tokens [gpt2; offline 1024]")
     stride: int = option(None, "tokens from one window to the next [3/4 of the context]", low=1)
     size: str = option(None, "shape of a new model [small]", choices=["small", *GPT2_CONFIGS])
     context: int = option(None, "tokens in a window [the size's]", low=1)
@@ -920,7 +923,7 @@ def train(options, run=None):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, options)
         model.train()  # dropout is on; its masks depend only on seed, step and process
-        torch.manual_seed(options.seed + 1000 * step + RANK)
+        torch.manual_seed(options.seed + 1000 * step + RANK)  # for up to 1,000 processes
         loss = training_step(wrapped, batches, optimizer, scaler, autocast, options.clip)
 
         # The training part of a step ends here. Now the first process measures, shows and saves.
