@@ -397,8 +397,8 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(TransformerBlock(config, n) for n in range(config.n_layer))
         self.final_norm = LayerNorm(config)
-        # On PyTorch's "meta" device, tensors have a shape but no numbers. These will come from a
-        # file (section 7), so drawing them would only waste time.
+        # On PyTorch's "meta" device, tensors have a shape but no numbers. The numbers will come
+        # from a file (section 7), so drawing random ones would waste time.
         if not self.token_embedding.is_meta:
             self.init_weights()
 
@@ -455,7 +455,7 @@ class GPT(nn.Module):
 # With natural logarithms, the unit is the nat. A loss of 3.0 means that p is typically exp(-3.0), 1
 # in 20; 0 is certainty. exp(loss), here 20, is the perplexity: the model is as unsure as if it
 # guessed among 20 tokens. A new model gives every token about 1 / V, so its loss starts near ln V,
-# 10.8 for GPT-2. Text longer than the context is measured in windows. A window's first tokens have
+# 10.8 for GPT-2. A text longer than the context is split into windows. A window's first tokens have
 # little text before them and are predicted worse. To measure exactly, let windows overlap, and
 # count only the later tokens of each. (Our validation windows don't overlap, so their loss is a
 # little too high.)
@@ -584,7 +584,7 @@ def learn_tokenizer(size, text):
 
 
 def clean_text(text, source):
-    """The text with lines that end in \\n and no byte-order mark. Raises UserError if it has zero
+    """The text with \\n as line end and without a byte-order mark. Raises UserError if it has zero
     bytes, isn't UTF-8 (Python reads invalid bytes as \\ud800 to \\udfff), or has so much white
     space in a row that tiktoken gives up."""
     wrong = re.search(r"[\0\ud800-\udfff]|(?<!\s)\s{900000}", text)
@@ -880,8 +880,8 @@ def evaluate(model, windows, batch_size, autocast):
 # Time. For each token, nearly all P parameters take part in a multiplication and an addition: 2
 # operations. backward takes 4 more, for the gradients of the weight and of its input: 6 P in all.
 # In each block, a token's scores take 2 T C operations and the mean of the values another 2 T C.
-# backward takes twice as many: 12 T C in all. For 124M with T = 1,024, the parameters take 0.75
-# billion operations a token, and attention in all blocks 0.11 billion.
+# backward takes twice as many, which makes 12 T C a block. For 124M with T = 1,024, the parameters
+# take 0.75 billion operations a token, and attention in all blocks 0.11 billion.
 #
 # Memory. A parameter takes 16 bytes: 4 each for itself, its gradient, and each of AdamW's two
 # numbers. For 124M, that's 2 GB. The activations grow with B T. The float32 logits alone take 4 B T
@@ -955,7 +955,7 @@ def train(options, run=None):
 # ==================================================================================================
 # 6 Decoding
 # If we always take the most probable token ("greedy"), the text runs in circles: one repetition
-# makes another more likely. If we draw each token with its probability, the text has blunders:
+# makes another more likely. If we draw each token with its probability, the text contains blunders:
 # thousands of tokens don't fit, and now and then one of them is drawn. Three settings offer a
 # middle way (Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration").
 #
@@ -1051,8 +1051,8 @@ def generate(
 
     prompt: int64 (B, T), of which the last context_length tokens are read. Raises UserError if it
     isn't such a tensor. A row that has produced eos, the end-of-text token, continues with eos.
-    Once every row has produced it, generate ends. Without a seed, PyTorch's global generator
-    draws."""
+    Once every row has produced it, generate ends. Without a seed, PyTorch's global generator is
+    used."""
     if not isinstance(prompt, torch.Tensor) or prompt.dim() != 2 or prompt.numel() == 0:
         given = getattr(prompt, "shape", type(prompt).__name__)
         raise UserError(f"the prompt is {given}; it must be a non-empty tensor of tokens (B, T)")
@@ -1214,7 +1214,8 @@ def open_gpt2(options):
 
 
 def download(url, path, config):
-    """Fetch OpenAI's file. It gets its name only if it's complete. Raises UserError otherwise."""
+    """Fetch OpenAI's file. The file gets its name only once it's complete. Raises UserError
+    otherwise."""
     print(f"downloading {url} to {path}", file=sys.stderr)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -1254,8 +1255,8 @@ def save_checkpoint(path, model, tokenizer, training_state=None):
 
 def load_checkpoint(path, mapped=True, **changes):
     """(model, tokenizer, training_state or None). changes: config fields to replace. mapped:
-    weights are read from the file when they are needed, so don't replace it meanwhile. Raises
-    UserError if the file is damaged or foreign. Code hidden in it is never run."""
+    weights are read from the file when they are needed, so don't replace it while the model is in
+    use. Raises UserError if the file is damaged or foreign. Code hidden in it is never run."""
     if os.path.isdir(path):
         path = Path(path, "checkpoint.pt")
     try:
